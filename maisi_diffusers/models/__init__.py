@@ -1,0 +1,12 @@
+"""The networks. They know nothing of files or labels."""
+
+from .autoencoder_kl_maisi import AutoencoderKLMaisi
+from .controlnet_maisi import MaisiControlNetModel
+from .unet_3d_maisi import MaisiUNet3DConditionModel, MaisiUNet3DConditionOutput
+
+__all__ = [
+    "AutoencoderKLMaisi",
+    "MaisiControlNetModel",
+    "MaisiUNet3DConditionModel",
+    "MaisiUNet3DConditionOutput",
+]
