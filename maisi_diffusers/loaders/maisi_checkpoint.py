@@ -1,0 +1,271 @@
+"""The published checkpoints as components of a pipeline."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DDPMScheduler, ModelMixin
+from diffusers.utils import logging
+from huggingface_hub import snapshot_download
+
+from ..models import AutoencoderKLMaisi, MaisiControlNetModel, MaisiUNet3DConditionModel
+from ..schedulers import MaisiRFlowScheduler
+from .architecture import read_architecture
+from .key_mapping import unet_source_keys, vae_source_keys
+from .safe_torch import load_torch_file
+
+logger = logging.get_logger(__name__)
+
+CT_REPO = "nvidia/NV-Generate-CT"
+MASK_FILES = {
+    "mask_vae": ("models/mask_generation_autoencoder.pt",),
+    "mask_unet": ("models/mask_generation_diffusion_unet.pt",),
+}
+
+
+@dataclass(frozen=True)
+class Version:
+    """
+    A published model.
+
+    Args:
+        kind: `"rflow"` or `"ddpm"`.
+        files: for every component the names its file goes by, the newest first.
+        vae_repo: the Hub repository of the VAE, where it is not the model's own.
+    """
+
+    kind: str
+    files: dict[str, tuple[str, ...]]
+    vae_repo: str | None = None
+
+
+VERSIONS = {
+    "rflow-ct": Version(
+        "rflow",
+        {
+            "vae": ("models/autoencoder_v1.pt",),
+            "unet": ("models/diff_unet_3d_rflow-ct.pt",),
+            "controlnet": ("models/controlnet_3d_rflow-ct.pt",),
+            **MASK_FILES,
+        },
+    ),
+    "ddpm-ct": Version(
+        "ddpm",
+        {
+            "vae": ("models/autoencoder_v1.pt", "models/autoencoder_epoch273.pt"),
+            "unet": (
+                "models/diff_unet_3d_ddpm-ct.pt",
+                "models/input_unet3d_data-all_steps1000size512ddpm_random_current_inputx_v1.pt",
+            ),
+            "controlnet": (
+                "models/controlnet_3d_ddpm-ct.pt",
+                "models/controlnet-20datasets-e20wl100fold0bc_noi_dia_fsize_current.pt",
+            ),
+            **MASK_FILES,
+        },
+    ),
+    "rflow-mr": Version("rflow", {"vae": ("models/autoencoder_v2.pt",), "unet": ("models/diff_unet_3d_rflow-mr.pt",)}),
+    "rflow-mr-brain": Version(
+        "rflow",
+        {"vae": ("models/autoencoder_v1.pt",), "unet": ("models/diff_unet_3d_rflow-mr-brain_v1.pt",)},
+        vae_repo=CT_REPO,
+    ),
+}
+REQUIRED = ("vae", "unet")
+
+
+def load_maisi_checkpoint(
+    source: str | os.PathLike,
+    version: str,
+    torch_dtype: torch.dtype = torch.float32,
+    strict: bool = True,
+    **hub_kwargs,
+) -> dict[str, ModelMixin | MaisiRFlowScheduler | DDPMScheduler]:
+    """
+    Read a published model into the components of [`MaisiCTPipeline`].
+
+    One file at a time is in memory besides what is built already, and its tensors become the model's.
+
+    Args:
+        source: a folder in the published layout, or a Hub repository id.
+        version: `rflow-ct`, `ddpm-ct`, `rflow-mr` or `rflow-mr-brain`.
+        torch_dtype: dtype of the networks.
+        strict: an unexpected key is an error; otherwise it is dropped with a warning.
+        hub_kwargs: passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`,
+            `local_files_only`).
+
+    Returns:
+        components by name; ControlNet and mask networks where the source has their files.
+
+    Raises:
+        FileNotFoundError: a source or a required file that is not there.
+        ValueError: an unknown version; a damaged or unsafe file; a key missing or unexpected or of another shape.
+    """
+    if version not in VERSIONS:
+        raise ValueError(f"version={version!r} is not known: use one of {', '.join(VERSIONS)}")
+    spec = VERSIONS[version]
+    folders = _find_folders(source, spec, hub_kwargs)
+    paths = {name: _find_file(folders[name], names) for name, names in spec.files.items()}
+    for name in REQUIRED:
+        if paths[name] is None:
+            raise FileNotFoundError(
+                f"{folders[name]} has no {spec.files[name][0]}, the {name} of {version}: download it there, or check "
+                "that `version` is the one of this checkpoint"
+            )
+    architecture = read_architecture(folders["unet"], spec.kind)
+
+    components = {}
+    unet = _read_unet(architecture["unet"], paths["unet"], strict, torch_dtype)
+    components["unet"], scaling_factor = unet
+    components["vae"] = _read_vae(
+        {**architecture["vae"], "scaling_factor": scaling_factor}, paths["vae"], strict, torch_dtype
+    )
+    if paths.get("controlnet") is not None:
+        components["controlnet"] = _read_controlnet(
+            architecture["controlnet"], paths["controlnet"], components["unet"], strict, torch_dtype
+        )
+    scheduler_class = MaisiRFlowScheduler if spec.kind == "rflow" else DDPMScheduler
+    components["scheduler"] = scheduler_class(**architecture["scheduler"])
+
+    if paths.get("mask_vae") is not None and paths.get("mask_unet") is not None:
+        components["mask_unet"], scaling_factor = _read_unet(
+            architecture["mask_unet"],
+            paths["mask_unet"],
+            strict,
+            torch_dtype,
+            default_scaling_factor=architecture["mask_vae"]["scaling_factor"],
+        )
+        components["mask_vae"] = _read_vae(
+            {**architecture["mask_vae"], "scaling_factor": scaling_factor}, paths["mask_vae"], strict, torch_dtype
+        )
+        components["mask_scheduler"] = DDPMScheduler(**architecture["mask_scheduler"])
+    return components
+
+
+def _find_folders(source: str | os.PathLike, spec: Version, hub_kwargs: dict) -> dict[str, Path]:
+    """The local folder that each component's file is looked for in; Hub repositories are downloaded first."""
+    if os.path.isdir(source):
+        return dict.fromkeys(spec.files, Path(source))
+    if not isinstance(source, str) or source.count("/") != 1 or source.startswith((".", "/")):
+        raise FileNotFoundError(
+            f"source={str(source)!r} is neither a folder nor a Hub id: give a folder in the published layout or an id "
+            f"like {CT_REPO!r}"
+        )
+
+    def download(repo: str, components: list[str]) -> Path:
+        patterns = [name for component in components for name in spec.files[component]]
+        return Path(snapshot_download(repo, allow_patterns=[*patterns, "configs/*.json"], **hub_kwargs))
+
+    own = [name for name in spec.files if name != "vae" or spec.vae_repo is None]
+    folders = dict.fromkeys(own, download(source, own))
+    if spec.vae_repo is not None:
+        folders["vae"] = download(spec.vae_repo, ["vae"])
+    return folders
+
+
+def _find_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_vae(config: dict, path: Path, strict: bool, dtype: torch.dtype) -> AutoencoderKLMaisi:
+    checkpoint = load_torch_file(path)
+    weights = checkpoint.get("unet_state_dict", checkpoint)
+    with init_empty_weights():
+        model = AutoencoderKLMaisi(**config)
+    layers = [len(block.resnets) for block in model.encoder.down_blocks]
+    return _fill(model, weights, path, lambda name: vae_source_keys(name, tuple(layers)), strict, dtype)
+
+
+def _read_unet(
+    config: dict, path: Path, strict: bool, dtype: torch.dtype, default_scaling_factor: float | None = None
+) -> tuple[MaisiUNet3DConditionModel, float]:
+    """The UNet, and the scale factor that the published files keep beside it."""
+    checkpoint = load_torch_file(path)
+    scaling_factor = checkpoint.get("scale_factor", default_scaling_factor)
+    if scaling_factor is None:
+        raise ValueError(
+            f"{path} has no 'scale_factor', without which latents cannot be decoded: give the released file"
+        )
+    with init_empty_weights():
+        model = MaisiUNet3DConditionModel(**config)
+    weights = _section(checkpoint, "unet_state_dict", path)
+    return _fill(model, weights, path, unet_source_keys, strict, dtype), float(scaling_factor)
+
+
+def _read_controlnet(
+    config: dict, path: Path, unet: MaisiUNet3DConditionModel, strict: bool, dtype: torch.dtype
+) -> MaisiControlNetModel:
+    """The ControlNet; what its file lacks is the UNet's, as published."""
+    weights = _section(load_torch_file(path), "controlnet_state_dict", path)
+    with init_empty_weights():
+        model = MaisiControlNetModel(**config)
+    # The UNet's time_emb_proj also reads the spacing, so its weight does not fit.
+    fallback = {
+        name: weight for name, weight in unet.state_dict().items() if not name.endswith("time_emb_proj.weight")
+    }
+    return _fill(model, weights, path, unet_source_keys, strict, dtype, fallback)
+
+
+def _section(checkpoint: dict, key: str, path: Path) -> dict[str, torch.Tensor]:
+    if key not in checkpoint:
+        raise ValueError(
+            f"{path} has no {key!r}, only {', '.join(map(repr, list(checkpoint)[:5]))}: give the released file of this part"
+        )
+    return checkpoint[key]
+
+
+def _fill(
+    model: ModelMixin,
+    weights: dict[str, torch.Tensor],
+    path: Path,
+    source_keys: Callable[[str], tuple[str, ...]],
+    strict: bool,
+    dtype: torch.dtype,
+    fallback: dict[str, torch.Tensor] | None = None,
+) -> ModelMixin:
+    """
+    Give a model on the meta device its weights, every key of the file accounted for.
+
+    Args:
+        model: on the meta device.
+        weights: of the file, by published key; emptied on the way, so that a tensor is not held twice.
+        path: for messages.
+        source_keys: the published keys of one of our names.
+        strict: whether an unexpected key is an error.
+        dtype: of the model.
+        fallback: weights by our name, for those that the file lacks.
+    """
+    filled, missing = {}, []
+    for name, own in model.state_dict().items():
+        keys = source_keys(name)
+        if all(key in weights for key in keys):
+            parts = [weights.pop(key) for key in keys]
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if weight.shape != own.shape:
+                raise ValueError(
+                    f"{path}: {keys[0]} has shape {tuple(weight.shape)}, but the architecture wants {tuple(own.shape)}: "
+                    "the file belongs to another model, or its configs/config_network_*.json is missing"
+                )
+            filled[name] = weight.to(dtype)
+        elif fallback is not None and name in fallback:
+            filled[name] = fallback[name].clone()
+        else:
+            missing += [key for key in keys if key not in weights]
+
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} key(s) of this architecture: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}: the file is of another model or incomplete"
+        )
+    if weights:
+        surplus = f"{path} has {len(weights)} unexpected key(s): {', '.join(list(weights)[:5])}" + (
+            ", ..." if len(weights) > 5 else ""
+        )
+        if strict:
+            raise ValueError(f"{surplus}: the file is of another model; strict=False drops them")
+        logger.warning(f"{surplus}: dropped")
+    model.load_state_dict(filled, assign=True)
+    return model.eval().requires_grad_(True)
