@@ -1,0 +1,49 @@
+"""What MAISI knows of anatomy: labels, regions, modalities, tumors, and the outline of the body."""
+
+from .bits import label_bits
+from .body import add_body_label
+from .modality import MODALITIES, is_ct, modality_code
+from .regions import REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
+from .totalsegmentator import TOTALSEGMENTATOR_CLASSES, TOTALSEGMENTATOR_TO_MAISI, totalsegmentator_to_maisi
+from .tumors import remove_tumors
+from .vocabulary import (
+    BODY,
+    BONES,
+    CONTROLLABLE_ANATOMY,
+    DUMMIES,
+    LABELS,
+    LUNG_LOBES,
+    MASK_VAE_LABELS,
+    TUMORS,
+    label_index,
+    label_name,
+    labels_present,
+)
+
+__all__ = [
+    "BODY",
+    "BONES",
+    "CONTROLLABLE_ANATOMY",
+    "DUMMIES",
+    "LABELS",
+    "LUNG_LOBES",
+    "MASK_VAE_LABELS",
+    "MODALITIES",
+    "REGIONS",
+    "TOTALSEGMENTATOR_CLASSES",
+    "TOTALSEGMENTATOR_TO_MAISI",
+    "TUMORS",
+    "add_body_label",
+    "is_ct",
+    "label_bits",
+    "label_index",
+    "label_name",
+    "labels_present",
+    "modality_code",
+    "one_hot",
+    "region_of_word",
+    "regions_from_labels",
+    "regions_from_words",
+    "remove_tumors",
+    "totalsegmentator_to_maisi",
+]

@@ -1,0 +1,163 @@
+"""NIfTI files in and out, checked where they enter.
+
+Images stay `nibabel.Nifti1Image` from end to end, so that voxels never travel without their affine.
+"""
+
+import zlib
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from ..anatomy.totalsegmentator import totalsegmentator_to_maisi
+from ..anatomy.vocabulary import LABELS, labels_present
+
+SCANNER_ANATOMICAL = 1  # NIFTI_XFORM_SCANNER_ANAT
+DESCRIPTION = "synthetic: maisi-diffusers"
+
+# What nibabel lets through when a file's bytes are not what its name or its header promises.
+UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
+
+
+def load_volume(source: str | PathLike | nib.Nifti1Image) -> nib.Nifti1Image:
+    """Read a three-dimensional NIfTI volume.
+
+    Args:
+        source: path of a .nii or .nii.gz file, or an image.
+
+    Returns:
+        The image (X, Y, Z) with its affine and orientation as they are and its data in memory: integers keep their
+        type, anything scaled or floating comes as float32. Trailing axes of length 1 are dropped.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is empty, damaged or no NIfTI; if it is not three-dimensional or holds no voxel; if its
+            values are not real numbers or not finite; if its affine is not finite or not invertible.
+    """
+    if isinstance(source, nib.Nifti1Image):
+        name, image = "The image", source
+    else:
+        name, image = f"{str(source)!r}", _open(Path(source))
+    try:
+        data = np.asanyarray(image.dataobj)
+    except UNREADABLE as error:
+        raise ValueError(f"{name} is damaged or cut short ({_line(error)}); copy or export it again.") from error
+
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.ndim != 3:
+        raise ValueError(f"{name} has shape {data.shape}, must be one volume (X, Y, Z); save one of its volumes.")
+    if 0 in data.shape:
+        raise ValueError(f"{name} has shape {data.shape}, every axis must have at least one voxel; export it again.")
+    if data.dtype.kind not in "uif":
+        raise ValueError(f"{name} has data type {data.dtype}, must be real numbers; convert it to grey values.")
+    if data.dtype.kind == "f":
+        data = data.astype(np.float32, copy=False)
+        if not np.isfinite(data).all():
+            raise ValueError(f"{name} has NaN or infinite voxels; replace them, in a CT with -1000 HU.")
+
+    affine = image.affine
+    if affine is None or not np.isfinite(affine).all():
+        given = np.asarray(affine).tolist()
+        raise ValueError(f"{name} has no finite affine ({given}); set its sform to a voxel-to-mm affine.")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
+        raise ValueError(f"{name} has a singular affine {affine[:3].tolist()}; set its sform to a voxel-to-mm affine.")
+
+    header = image.header.copy()
+    header.set_data_dtype(data.dtype)
+    return type(image)(data, affine, header)
+
+
+def load_label_map(source: str | PathLike | nib.Nifti1Image, vocabulary: str = "maisi") -> nib.Nifti1Image:
+    """Read a label map and bring its labels into MAISI's vocabulary.
+
+    Args:
+        source: path of a .nii or .nii.gz file, or an image, of integers.
+        vocabulary: what its labels mean: "maisi", or "totalsegmentator" for TotalSegmentator v2's task `total`.
+
+    Returns:
+        The image (X, Y, Z) as uint8 with its affine and orientation as they are.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for what [`load_volume`] refuses, another vocabulary, floating-point labels, labels that the
+            vocabulary does not have, and a map without any label.
+    """
+    if vocabulary not in ("maisi", "totalsegmentator"):
+        raise ValueError(f"Label vocabulary {vocabulary!r} is unknown; use 'maisi' or 'totalsegmentator'.")
+    image = load_volume(source)
+    name = "The label map" if isinstance(source, nib.Nifti1Image) else f"{str(source)!r}"
+    labels = np.asanyarray(image.dataobj)
+    if labels.dtype.kind == "f":
+        raise ValueError(
+            f"{name} holds floating-point labels, must hold integers (and no scl_slope); check that it is a label "
+            "map, then save it as np.round(labels).astype(np.uint8)."
+        )
+    low, high = labels.min(), labels.max()
+    if low < 0 or high > 255:
+        wrong = np.unique(labels[(labels < 0) | (labels > 255)])
+        raise ValueError(f"{name} holds labels {_some(wrong)}, must be 0..255; relabel them.")
+    labels = labels.astype(np.uint8, copy=False)
+    if high == 0:
+        raise ValueError(f"{name} holds no label, only background; check that it is a label map of this anatomy.")
+
+    if vocabulary == "totalsegmentator":
+        labels = totalsegmentator_to_maisi(labels)
+    unknown = set(labels_present(labels)) - set(LABELS.values())
+    if unknown:
+        raise ValueError(
+            f"{name} holds labels {_some(sorted(unknown))}, which MAISI's vocabulary does not have (it has 1 to 132, "
+            "and 200 for body); relabel them, to 200 if in doubt."
+        )
+    header = image.header.copy()
+    header.set_data_dtype(np.uint8)
+    return type(image)(labels, image.affine, header)
+
+
+def ct_to_nifti(hu: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """Synthetic image (X, Y, Z) in HU, or in MR units, to int16: rounded, and clipped to what int16 holds."""
+    limits = np.iinfo(np.int16)
+    return _synthetic(np.rint(hu).clip(limits.min, limits.max).astype(np.int16), affine)
+
+
+def labels_to_nifti(labels: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """Label map (X, Y, Z) of integers 0..255, synthetic or prepared for synthesis, to uint8."""
+    return _synthetic(labels.astype(np.uint8), affine)
+
+
+def _synthetic(data: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    image = nib.Nifti1Image(data, affine)
+    # Both forms, for there are readers of either. A qform cannot shear; where the affine does, the sform is right.
+    image.set_sform(affine, code=SCANNER_ANATOMICAL)
+    image.set_qform(affine, code=SCANNER_ANATOMICAL)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"] = DESCRIPTION
+    return image
+
+
+def _open(path: Path) -> nib.Nifti1Image:
+    if not path.is_file():
+        raise FileNotFoundError(f"No file {str(path)!r}; pass the path of a .nii or .nii.gz file.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{str(path)!r} is empty (0 bytes), must be a NIfTI file; copy or export it again.")
+    try:
+        image = nib.load(path)
+    except UNREADABLE as error:
+        raise ValueError(f"{str(path)!r} cannot be read as NIfTI ({_line(error)}); export it as .nii.gz.") from error
+    if not isinstance(image, nib.Nifti1Image):
+        raise ValueError(f"{str(path)!r} is {type(image).__name__}, must be a NIfTI file; export it as .nii.gz.")
+    return image
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _some(labels: Iterable[int]) -> str:
+    labels = [int(label) for label in labels]
+    return f"{labels}" if len(labels) <= 8 else f"{labels[:8]} and {len(labels) - 8} more"

@@ -1,0 +1,26 @@
+"""Fixtures that several test packages share."""
+
+from pathlib import Path
+
+import pytest
+
+REAL_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def real_file(name: str) -> Path:
+    path = REAL_DATA / name
+    if not path.is_file():
+        pytest.skip(f"needs the real {name} in {REAL_DATA}, which is not part of the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def torso_ct() -> Path:
+    """A real abdomen-pelvis CT, 122 x 101 x 112 voxels of 3 mm, RAS+."""
+    return real_file("torso_ct_3mm.nii.gz")
+
+
+@pytest.fixture(scope="session")
+def torso_labels() -> Path:
+    """Its TotalSegmentator v2 `total` labels on the same grid."""
+    return real_file("torso_totalseg_3mm.nii.gz")
