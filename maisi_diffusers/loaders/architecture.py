@@ -139,7 +139,7 @@ def read_architecture(folder: Path, kind: str) -> dict[str, dict]:
     The configuration of every component, by its name in the pipeline.
 
     Args:
-        folder: the checkpoint's folder; `configs/config_network_{kind}.json` in it wins over the released architecture.
+        folder: the checkpoint's folder; `configs/config_network_{kind}.json` in it wins over the released one.
         kind: `"rflow"` or `"ddpm"`.
 
     Raises:

@@ -212,7 +212,8 @@ def _read_controlnet(
 def _section(checkpoint: dict, key: str, path: Path) -> dict[str, torch.Tensor]:
     if key not in checkpoint:
         raise ValueError(
-            f"{path} has no {key!r}, only {', '.join(map(repr, list(checkpoint)[:5]))}: give the released file of this part"
+            f"{path} has no {key!r}, only {', '.join(map(repr, list(checkpoint)[:5]))}: "
+            "give the released file of this part"
         )
     return checkpoint[key]
 
@@ -246,8 +247,9 @@ def _fill(
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
             if weight.shape != own.shape:
                 raise ValueError(
-                    f"{path}: {keys[0]} has shape {tuple(weight.shape)}, but the architecture wants {tuple(own.shape)}: "
-                    "the file belongs to another model, or its configs/config_network_*.json is missing"
+                    f"{path}: {keys[0]} has shape {tuple(weight.shape)}, but the architecture wants "
+                    f"{tuple(own.shape)}: the file belongs to another model, or its configs/config_network_*.json "
+                    "is missing"
                 )
             filled[name] = weight.to(dtype)
         elif fallback is not None and name in fallback:

@@ -60,8 +60,8 @@ def load_torch_file(path: str | os.PathLike) -> dict:
         if refused is None:
             raise ValueError(f"{path} is not a PyTorch checkpoint or is damaged: download it again") from error
         raise ValueError(
-            f"{path} wants the Python object {refused.group(1)}, which could run code, and is refused: only tensors and "
-            "plain values are read; ask its author for a file that holds nothing else"
+            f"{path} wants the Python object {refused.group(1)}, which could run code, and is refused: only tensors "
+            "and plain values are read; ask its author for a file that holds nothing else"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: download it again") from error

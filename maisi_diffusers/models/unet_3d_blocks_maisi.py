@@ -7,6 +7,13 @@ from torch import nn
 from .attention_maisi import MaisiAttentionBlock3D, MaisiTransformer3D
 
 
+def average_pool(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(N, C, X, Y, Z) -> (N, C, X/2, Y/2, Z/2)."""
+    if hidden_states.device.type == "cpu":  # has no kernel for half precision
+        return F.avg_pool3d(hidden_states.float(), kernel_size=2).to(hidden_states.dtype)
+    return F.avg_pool3d(hidden_states, kernel_size=2)
+
+
 class MaisiResnetBlock3D(nn.Module):
     """
     Residual block with the time embedding added between its two convolutions.
@@ -47,8 +54,8 @@ class MaisiResnetBlock3D(nn.Module):
         hidden_states = F.silu(self.norm1(hidden_states))
 
         if self.resample == "down":
-            residual = F.avg_pool3d(residual, kernel_size=2)
-            hidden_states = F.avg_pool3d(hidden_states, kernel_size=2)
+            residual = average_pool(residual)
+            hidden_states = average_pool(hidden_states)
         elif self.resample == "up":
             residual = F.interpolate(residual, scale_factor=2.0, mode="nearest")
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
@@ -96,7 +103,7 @@ def get_attention(
     out_proj: bool,
     upcast_attention: bool,
 ) -> nn.Module:
-    """Attention after a resnet block: a spatial transformer where there is a context, plain self-attention otherwise."""
+    """Attention after a resnet block: a spatial transformer where there is a context, else plain self-attention."""
     heads = dim // head_dim
     if cross_attention_dim is None:
         return MaisiAttentionBlock3D(dim, heads, norm_num_groups, norm_eps, out_proj)
@@ -263,7 +270,7 @@ class MaisiUpBlock3D(MaisiBlock3D):
         temb: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`res_hidden_states` are the skips of this level, one for each resnet block, used from the last to the first."""
+        """`res_hidden_states` are the skips of this level, one for each resnet block, used from the last on."""
         for i, resnet in enumerate(self.resnets):
             hidden_states = torch.cat([hidden_states, res_hidden_states[-1 - i]], dim=1)
             hidden_states = self.run(resnet, hidden_states, temb)

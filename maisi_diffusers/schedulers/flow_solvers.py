@@ -1,5 +1,7 @@
 """MAISI's rectified-flow models under the flow-matching solvers of diffusers."""
 
+import inspect
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -10,27 +12,11 @@ FLOW_MATCH_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteS
 
 
 def integrates_flow(scheduler: SchedulerMixin) -> bool:
-    """
-    Whether a scheduler integrates a flow from noise to data; otherwise it removes predicted noise (DDPM).
-
-    Raises:
-        ValueError: for a scheduler that was configured for the other kind of model than it can sample from.
-    """
-    prediction_type = scheduler.config.get("prediction_type")
+    """Whether a scheduler integrates a flow from noise to data; otherwise it removes predicted noise, as DDPM does."""
     if isinstance(scheduler, (MaisiRFlowScheduler, *FLOW_MATCH_SCHEDULERS)):
-        capable, wanted = True, prediction_type in (None, "flow_prediction")
-    else:
-        capable = bool(scheduler.config.get("use_flow_sigmas"))
-        wanted = prediction_type == "flow_prediction"
-        if not capable and not wanted:
-            return False
-    if not (capable and wanted):
-        raise ValueError(
-            f"{type(scheduler).__name__} with prediction_type={prediction_type!r} cannot sample from this model: swap a "
-            "rectified-flow scheduler for FlowMatchEuler, FlowMatchHeun, UniPC or DPM-Solver by their "
-            "`from_config(pipe.scheduler.config)`, and a DDPM scheduler for one that takes predicted noise"
-        )
-    return True
+        return True
+    knows_flow = "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters
+    return knows_flow and scheduler.config.use_flow_sigmas and scheduler.config.prediction_type == "flow_prediction"
 
 
 def set_timesteps(

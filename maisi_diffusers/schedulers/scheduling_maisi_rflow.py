@@ -35,8 +35,8 @@ class MaisiRFlowScheduler(SchedulerMixin, ConfigMixin):
         sample_method: how training timesteps are drawn: `"uniform"` or `"logit-normal"`.
         loc: mean of the logit-normal.
         scale: standard deviation of the logit-normal.
-        use_timestep_transform: shift timesteps towards noise for latents larger than `base_img_size_numel`, and towards
-            data for smaller ones.
+        use_timestep_transform: shift timesteps towards noise for latents larger than `base_img_size_numel`, and
+            towards data for smaller ones.
         base_img_size_numel: latent voxels whose timesteps stay as they are.
         steps_offset: added to the timesteps of inference.
         monai_rounding: reproduce MONAI's sampler step for step. It rounds the timesteps to float16 and, in the step
@@ -76,6 +76,8 @@ class MaisiRFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"rectified flow predicts a velocity: prediction_type={prediction_type!r} and use_flow_sigmas="
                 f"{use_flow_sigmas} belong to another kind of model; use the scheduler the model was trained with"
             )
+        # `from_config` of another solver skips what was left at its default; these have to reach it all the same.
+        self.register_to_config(_use_default_values=[])
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32)
         self._step_index = None
@@ -131,7 +133,8 @@ class MaisiRFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if not 1 <= num_inference_steps <= self.config.num_train_timesteps:
             raise ValueError(
-                f"num_inference_steps={num_inference_steps} is not allowed: give 1 to {self.config.num_train_timesteps}"
+                f"num_inference_steps={num_inference_steps} is not allowed: "
+                f"give 1 to {self.config.num_train_timesteps}"
             )
         steps = torch.arange(num_inference_steps, dtype=torch.float64)
         timesteps = (1.0 - steps / num_inference_steps) * self.config.num_train_timesteps

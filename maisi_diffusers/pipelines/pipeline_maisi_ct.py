@@ -1,0 +1,583 @@
+"""CT and MR volumes from label maps, from anatomy sizes, or from nothing but a region."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Self
+
+import nibabel as nib
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import logging
+
+from ..anatomy import (
+    add_body_label,
+    label_bits,
+    label_index,
+    label_name,
+    labels_present,
+    modality_code,
+    one_hot,
+    regions_from_labels,
+    regions_from_words,
+    remove_tumors,
+)
+from ..imaging import (
+    background_value,
+    ct_to_nifti,
+    labels_to_nifti,
+    load_label_map,
+    load_volume,
+    resample_like,
+    resample_to_grid,
+    spacing_affine,
+    spacing_of,
+    to_hu,
+    to_ras,
+)
+from ..loaders import VERSIONS, load_maisi_checkpoint
+from ..models import AutoencoderKLMaisi, MaisiControlNetModel, MaisiUNet3DConditionModel
+from ..schedulers import MaisiRFlowScheduler
+from ..schedulers.flow_solvers import set_timesteps
+from .denoising import check_sampling, denoise, prediction_type_of, prepare_latents
+from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid
+from .pipeline_maisi_mask import MaisiMaskPipeline, anatomy_size_vector
+from .pipeline_output import MaisiCTPipelineOutput
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_SIZE = (512, 512, 512)
+DEFAULT_SPACING = (1.0, 1.0, 1.0)
+# Spacing and regions reach the UNet a hundredfold, as published.
+CONDITION_SCALE = 100.0
+
+
+class MaisiCTPipeline(DiffusionPipeline):
+    r"""
+    Make CT (or MR) volumes with paired label maps
+    ([Guo et al., 2024](https://arxiv.org/abs/2409.11169), [Zhao et al., 2025](https://arxiv.org/abs/2508.05772)).
+
+    Args:
+        vae: the image VAE.
+        unet: the image UNet.
+        scheduler: the scheduler it was trained with, or, for a rectified-flow model, a flow solver of diffusers made
+            by `from_config(pipe.scheduler.config)`.
+        controlnet: steers the UNet by a label map.
+        mask_vae: the VAE of generated label maps.
+        mask_unet: the UNet of generated label maps.
+        mask_scheduler: its scheduler.
+        num_inference_steps: the number of steps the model was released with.
+        modality: the modality that is made where a call names none.
+        prediction_type: what the UNet predicts, `"flow_prediction"` or `"epsilon"`; that of the scheduler if not given.
+        input_rules: sizes and spacings the model was trained for (see
+            [`maisi_diffusers.pipelines.input_rules`]); `None` for the hard limit alone, divisibility.
+        mask_latent_size: voxels of a generated label map's latent.
+        mask_spacing: spacing of a generated label map in mm.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from maisi_diffusers import MaisiCTPipeline
+
+    >>> pipe = MaisiCTPipeline.from_maisi_checkpoint("nvidia/NV-Generate-CT", version="rflow-ct")
+    >>> out = pipe(mask="segmentation.nii.gz", generator=torch.Generator().manual_seed(0))
+    >>> out.images[0].to_filename("ct.nii.gz")
+    >>> out.labels[0].to_filename("labels.nii.gz")
+    ```
+    """
+
+    # The ControlNet is called in turn with the UNet and so stays out of the chain.
+    model_cpu_offload_seq = "mask_unet->mask_vae->unet->vae"
+    _optional_components = ["controlnet", "mask_vae", "mask_unet", "mask_scheduler"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKLMaisi,
+        unet: MaisiUNet3DConditionModel,
+        scheduler: MaisiRFlowScheduler | DDPMScheduler,
+        controlnet: MaisiControlNetModel | None = None,
+        mask_vae: AutoencoderKLMaisi | None = None,
+        mask_unet: MaisiUNet3DConditionModel | None = None,
+        mask_scheduler: DDPMScheduler | None = None,
+        num_inference_steps: int = 30,
+        modality: str = "ct",
+        prediction_type: str | None = None,
+        input_rules: dict | None = None,
+        mask_latent_size: tuple[int, int, int] = (64, 64, 64),
+        mask_spacing: tuple[float, float, float] = (1.5, 1.5, 1.5),
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            controlnet=controlnet,
+            mask_vae=mask_vae,
+            mask_unet=mask_unet,
+            mask_scheduler=mask_scheduler,
+        )
+        self.register_to_config(
+            num_inference_steps=num_inference_steps,
+            modality=modality,
+            prediction_type=prediction_type or prediction_type_of(scheduler),
+            input_rules=input_rules,
+            mask_latent_size=list(mask_latent_size),
+            mask_spacing=list(mask_spacing),
+        )
+        self._interrupt = False
+
+    @classmethod
+    def from_maisi_checkpoint(
+        cls,
+        source: str | os.PathLike,
+        version: str,
+        torch_dtype: torch.dtype = torch.float32,
+        strict: bool = True,
+        **hub_kwargs,
+    ) -> Self:
+        r"""
+        The pipeline of a published checkpoint.
+
+        Args:
+            source: a folder in the published layout (`models/*.pt`, optionally `configs/config_network_*.json`), or a
+                Hub repository id such as `"nvidia/NV-Generate-CT"`.
+            version: `"rflow-ct"`, `"ddpm-ct"`, `"rflow-mr"` or `"rflow-mr-brain"`.
+            torch_dtype: dtype of the networks.
+            strict: an unexpected key in a file is an error; otherwise it is dropped with a warning.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            FileNotFoundError: a source or a required file that is not there.
+            ValueError: an unknown version; a damaged or unsafe file; a key missing, unexpected or of another shape.
+        """
+        components = load_maisi_checkpoint(source, version, torch_dtype, strict, **hub_kwargs)
+        is_ct = version.endswith("-ct")
+        return cls(
+            **components,
+            num_inference_steps=30 if VERSIONS[version].kind == "rflow" else 1000,
+            modality="ct" if is_ct else "mri",
+            input_rules=CT_RULES if is_ct else MR_RULES,
+        )
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps of the current run."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to end the run: it sets `pipe._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def size_multiple(self) -> int:
+        """What VAE and UNet downsample by together: every axis must be a multiple of it."""
+        return self.vae.spatial_compression_ratio * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def check_inputs(
+        self,
+        body_region: list[str] | None,
+        anatomy_list: list[str] | None,
+        controllable_anatomy_size: list[tuple[str, float]] | None,
+        anatomy_size: list[float] | None,
+        mask: str | os.PathLike | nib.Nifti1Image | None,
+        body_image: str | os.PathLike | nib.Nifti1Image | None,
+        image_only: bool,
+        output_size: tuple[int, int, int] | None,
+        spacing: tuple[float, float, float] | None,
+        num_images: int,
+        guidance_scale: float,
+        output_type: str,
+        restore_grid: bool,
+    ) -> None:
+        """Refuse arguments that are unknown, out of range or contradict each other; raises a `ValueError`."""
+        check_size_and_spacing(output_size, spacing)
+        for region in body_region or []:
+            regions_from_words([region])
+        for anatomy in anatomy_list or []:
+            label_index(anatomy)
+        if controllable_anatomy_size is not None or anatomy_size is not None:
+            anatomy_size_vector(controllable_anatomy_size, anatomy_size)
+
+        sources = {
+            "mask": mask,
+            "controllable_anatomy_size": controllable_anatomy_size,
+            "anatomy_size": anatomy_size,
+            "anatomy_list": anatomy_list or None,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if image_only and given:
+            raise ValueError(
+                f"image_only=True makes an image without labels and contradicts {given[0]}: leave one out"
+            )
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both say what the label map is: leave one out")
+        if not image_only and self.controlnet is None:
+            raise ValueError(
+                "this model has no ControlNet and cannot follow a label map: call it with image_only=True"
+            )
+        if not image_only and not {"mask", "controllable_anatomy_size", "anatomy_size"} & set(given):
+            raise ValueError(
+                "this call has no label map and this model no mask database to look one up in: give mask=, "
+                "controllable_anatomy_size= or image_only=True"
+            )
+        if (controllable_anatomy_size is not None or anatomy_size is not None) and self.mask_unet is None:
+            raise ValueError("this model has no mask networks and cannot make a label map: give mask= instead")
+        if body_image is not None and mask is None:
+            raise ValueError(
+                "body_image is the CT that mask= was drawn on, and no mask was given: give both or neither"
+            )
+        if restore_grid and (mask is None or output_type != "nifti"):
+            raise ValueError(
+                "restore_grid=True puts the output on the grid of mask= and needs one, and output_type='nifti', "
+                f"not {output_type!r}"
+            )
+        if image_only and self.unet.config.use_region_index and not body_region:
+            raise ValueError(
+                "this model takes the body region, which without a label map only body_region can tell: "
+                "give e.g. body_region=['chest']"
+            )
+        if not isinstance(num_images, int) or num_images < 1:
+            raise ValueError(f"num_images={num_images} is not allowed: give a whole number of at least 1")
+        if guidance_scale < 0:
+            raise ValueError(f"guidance_scale={guidance_scale} is not allowed: give 0 (off) or more")
+
+    def prepare_mask(
+        self,
+        mask: str | os.PathLike | nib.Nifti1Image,
+        mask_vocabulary: str,
+        body_image: str | os.PathLike | nib.Nifti1Image | None,
+        output_size: tuple[int, int, int] | None,
+        spacing: tuple[float, float, float] | None,
+    ) -> nib.Nifti1Image:
+        """
+        The user's label map as the model needs it: MAISI's labels with the body, in RAS+, on the wanted grid.
+
+        Args:
+            mask: path or image, any orientation and affine.
+            mask_vocabulary: `"maisi"` or `"totalsegmentator"`.
+            body_image: the CT it was drawn on, for the outline of the body.
+            output_size: voxels along X, Y, Z; the nearest allowed one if not given.
+            spacing: mm along X, Y, Z; what keeps the field of view if not given.
+
+        Returns:
+            uint8 labels; the affine keeps the centre and the axes of the user's.
+        """
+        labels = load_label_map(mask, mask_vocabulary)
+        labels = to_ras(add_body_label(labels, None if body_image is None else load_volume(body_image)))
+        output_size, spacing = fit_grid(
+            labels.shape, spacing_of(labels), output_size, spacing, self.size_multiple, self.config.input_rules
+        )
+        check_grid(output_size, spacing, self.size_multiple, self.config.input_rules)
+
+        on_grid = resample_to_grid(labels, output_size, spacing, order=0, fill=0)
+        lost = set(labels_present(np.asarray(labels.dataobj))) - set(labels_present(np.asarray(on_grid.dataobj)))
+        if lost:
+            names = ", ".join(label_name(index) for index in sorted(lost))
+            warnings.warn(
+                f"{names}: not in the label map any more on the grid {output_size} of {spacing} mm; "
+                "use a larger output_size or a finer spacing to keep them",
+                stacklevel=3,
+            )
+        return on_grid
+
+    def generate_masks(
+        self,
+        controllable_anatomy_size: list[tuple[str, float]] | None,
+        anatomy_size: list[float] | None,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_size: tuple[int, int, int],
+        spacing: tuple[float, float, float],
+    ) -> list[nib.Nifti1Image]:
+        """Label maps made by [`MaisiMaskPipeline`], one an image, on the wanted grid."""
+        mask_pipeline = MaisiMaskPipeline(
+            self.mask_vae,
+            self.mask_unet,
+            self.mask_scheduler,
+            mask_latent_size=self.config.mask_latent_size,
+            mask_spacing=self.config.mask_spacing,
+        )
+        mask_pipeline.set_progress_bar_config(**{"desc": "Label map", **getattr(self, "_progress_bar_config", {})})
+        masks = mask_pipeline(controllable_anatomy_size, anatomy_size, num_images, generator=generator).masks
+        return [resample_to_grid(mask, output_size, spacing, order=0, fill=0) for mask in masks]
+
+    def prepare_conditions(
+        self,
+        num_images: int,
+        spacing: tuple[float, float, float],
+        modality: int,
+        body_region: list[str] | None,
+        label_maps: list[nib.Nifti1Image] | None,
+        device: torch.device,
+    ) -> dict[str, torch.Tensor]:
+        """
+        What the UNet takes besides the latents.
+
+        Returns:
+            `class_labels` (N,), `spacing` (N, 3), `top_region_index` and `bottom_region_index` (N, 4), each where the
+            model has it. `body_region`, where given, wins over the regions seen in the label maps.
+        """
+        dtype = self.unet.dtype
+        conditions = {}
+        if self.unet.class_embedding is not None:
+            conditions["class_labels"] = torch.full((num_images,), modality, device=device)
+        if self.unet.config.use_spacing:
+            mm = torch.tensor(spacing, dtype=torch.float32, device=device) * CONDITION_SCALE
+            conditions["spacing"] = mm.to(dtype).expand(num_images, -1)
+        if self.unet.config.use_region_index:
+            if body_region:
+                regions = [regions_from_words(body_region)] * num_images
+            else:
+                regions = [regions_from_labels(labels_present(np.asarray(labels.dataobj))) for labels in label_maps]
+                regions = regions * (num_images // len(regions))
+            for i, name in enumerate(("top_region_index", "bottom_region_index")):
+                vectors = np.stack([one_hot(pair[i]) for pair in regions])
+                conditions[name] = torch.tensor(vectors, dtype=dtype, device=device) * CONDITION_SCALE
+        return conditions
+
+    def embed_label_maps(self, label_maps: list[np.ndarray], num_images: int, device: torch.device) -> torch.Tensor:
+        """
+        The ControlNet's embedding of the label maps, computed once for all steps.
+
+        Args:
+            label_maps: uint8 (X, Y, Z), one for all images or one an image.
+            num_images: images of the batch.
+            device: where the ControlNet runs.
+
+        Returns:
+            (N, C, X/4, Y/4, Z/4).
+        """
+        embeddings = []
+        for labels in label_maps:
+            bits = label_bits(torch.from_numpy(labels)[None].to(device), dtype=self.controlnet.dtype)
+            embeddings.append(self.controlnet.embed_condition(bits))
+        return torch.cat(embeddings).expand(num_images, *[-1] * 4)
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        condition_embedding: torch.Tensor | None,
+        conditioning_scale: float,
+    ) -> torch.Tensor:
+        """Velocity or noise (N, C, X, Y, Z) at a timestep; the ControlNet takes part where there is an embedding."""
+        latents = latents.to(self.unet.dtype)
+        residuals = {}
+        if condition_embedding is not None:
+            down_block_res_samples, mid_block_res_sample = self.controlnet(
+                latents,
+                timestep,
+                controlnet_cond_embedding=condition_embedding,
+                conditioning_scale=conditioning_scale,
+                class_labels=conditions.get("class_labels"),
+                return_dict=False,
+            )
+            residuals["down_block_additional_residuals"] = down_block_res_samples
+            residuals["mid_block_additional_residual"] = mid_block_res_sample
+        return self.unet(latents, timestep, **conditions, **residuals, return_dict=False)[0]
+
+    def decode(self, latents: torch.Tensor, modality: int, label_maps: list[np.ndarray] | None) -> torch.Tensor:
+        """
+        Latents to HU; outside the body of the label maps, air.
+
+        Args:
+            latents (N, C, X, Y, Z): as the sampling left them.
+            modality: its code decides on the intensity range.
+            label_maps: uint8 (X, Y, Z), one for all images or one an image.
+
+        Returns:
+            float32 (N, 1, 4X, 4Y, 4Z).
+        """
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images = []
+        for i, latent in enumerate(latents.split(1)):  # one at a time: decoding takes the most memory of all
+            image = to_hu(self.vae.decode(latent, return_dict=False)[0].float(), modality)
+            if label_maps is not None:
+                outside = torch.from_numpy(label_maps[i % len(label_maps)] == 0).to(image.device)
+                image[0, 0][outside] = background_value(modality)
+            images.append(image)
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        body_region: list[str] | None = None,
+        anatomy_list: list[str] | None = None,
+        controllable_anatomy_size: list[tuple[str, float]] | None = None,
+        mask: str | os.PathLike | nib.Nifti1Image | None = None,
+        image_only: bool = False,
+        output_size: tuple[int, int, int] | None = None,
+        spacing: tuple[float, float, float] | None = None,
+        modality: str | int | None = None,
+        num_images: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 0.0,
+        controlnet_conditioning_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "nifti",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        anatomy_size: list[float] | None = None,
+        mask_vocabulary: str = "maisi",
+        body_image: str | os.PathLike | nib.Nifti1Image | None = None,
+        restore_grid: bool = False,
+    ) -> MaisiCTPipelineOutput | tuple:
+        r"""
+        Args:
+            body_region: words for the regions to show: head, chest (thorax), abdomen, pelvis (lower).
+            anatomy_list: names of labels that a looked-up label map must have.
+            controllable_anatomy_size: pairs of name and size, e.g. `[("liver", 0.5), ("hepatic tumor", 0.3)]`: a label
+                map is generated.
+            mask: the user's own label map: path or nibabel image, integers, any orientation and affine.
+            image_only: no label map and no ControlNet.
+            output_size: voxels along X, Y, Z; if not given, with `mask` the nearest allowed grid with its field of
+                view, otherwise 512 x 512 x 512.
+            spacing: mm along X, Y, Z; with `mask` what keeps its field of view if not given, otherwise 1 mm.
+            modality: name or code, e.g. `"ct"`, `"ct_contrast"`, `"t1"`; the model's own if not given.
+            num_images: images to make, all at once.
+            num_inference_steps: as many as the model was released with if not given.
+            guidance_scale: `uncond + s * (cond - uncond)`; 0 is off. "uncond" is without modality, and with a label
+                map without its tumors.
+            controlnet_conditioning_scale: factor on what the ControlNet adds.
+            generator: one, or one an image, for the same result again.
+            latents (N, C, X/4, Y/4, Z/4): the initial noise instead of drawing it.
+            output_type: `"nifti"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict: return a [`MaisiCTPipelineOutput`] instead of a tuple `(images, labels)`.
+            callback_on_step_end: called after every step as `callback(pipe, step, timestep, {"latents": ...})`;
+                setting `pipe._interrupt = True` in it ends the run early.
+            callback_on_step_end_tensor_inputs: `["latents"]` or `[]`.
+            anatomy_size: the whole vector of 10 sizes instead of `controllable_anatomy_size`.
+            mask_vocabulary: whose labels `mask` has: `"maisi"` or `"totalsegmentator"` (v2, `total`).
+            body_image: the CT that `mask` was drawn on; gives the outline of the body where `mask` has no label 200.
+            restore_grid: put images and labels back on the grid of `mask`.
+
+        Raises:
+            FileNotFoundError: a file that is not there.
+            ValueError: arguments that are unknown, out of range or contradict each other, before any network runs.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        modality = modality_code(self.config.modality if modality is None else modality)
+        self._interrupt = False
+
+        # 1. Check inputs; a label map on the wanted grid is one of them
+        self.check_inputs(
+            body_region,
+            anatomy_list,
+            controllable_anatomy_size,
+            anatomy_size,
+            mask,
+            body_image,
+            image_only,
+            output_size,
+            spacing,
+            num_images,
+            guidance_scale,
+            output_type,
+            restore_grid,
+        )
+        label_maps = None
+        if mask is not None:
+            label_maps = [self.prepare_mask(mask, mask_vocabulary, body_image, output_size, spacing)]
+            output_size, spacing = label_maps[0].shape, spacing_of(label_maps[0])
+        else:
+            output_size = tuple(output_size or DEFAULT_SIZE)
+            spacing = tuple(spacing or DEFAULT_SPACING)
+            check_grid(output_size, spacing, self.size_multiple, self.config.input_rules)
+        ratio = self.vae.spatial_compression_ratio
+        latent_shape = (num_images, self.unet.config.in_channels, *(size // ratio for size in output_size))
+        check_sampling(
+            self.scheduler,
+            self.config.prediction_type,
+            num_images,
+            num_inference_steps,
+            generator,
+            latents,
+            latent_shape,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 2. Generate label maps where sizes were asked for
+        if controllable_anatomy_size is not None or anatomy_size is not None:
+            label_maps = self.generate_masks(
+                controllable_anatomy_size, anatomy_size, num_images, generator, output_size, spacing
+            )
+
+        # 3. Prepare conditions
+        device = self._execution_device
+        conditions = self.prepare_conditions(num_images, spacing, modality, body_region, label_maps, device)
+        embedding = uncond_embedding = None
+        if label_maps is not None:
+            arrays = [np.asarray(labels.dataobj) for labels in label_maps]
+            embedding = self.embed_label_maps(arrays, num_images, device)
+            if guidance_scale > 0:
+                without_tumors = [remove_tumors(array, spacing) for array in arrays]
+                uncond_embedding = self.embed_label_maps(without_tumors, num_images, device)
+        uncond_conditions = dict(conditions)
+        if "class_labels" in conditions:
+            uncond_conditions["class_labels"] = torch.zeros_like(conditions["class_labels"])
+
+        # 4. Prepare noise and timesteps
+        latents = prepare_latents(latent_shape, device, generator, latents)
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, latents[0, 0].numel())
+
+        # 5. Denoise
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            scale = controlnet_conditioning_scale
+            output = self.predict(latents, timestep, conditions, embedding, scale)
+            if guidance_scale > 0:
+                uncond = self.predict(latents, timestep, uncond_conditions, uncond_embedding, scale)
+                output = uncond + guidance_scale * (output - uncond)
+            return output
+
+        latents = denoise(
+            self,
+            self.scheduler,
+            predict,
+            latents,
+            timesteps,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 6. Decode
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.decode(latents, modality, None if label_maps is None else arrays)
+        self.maybe_free_model_hooks()
+
+        # 7. Output
+        labels = None if label_maps is None else [label_maps[i % len(label_maps)] for i in range(num_images)]
+        if output_type == "nifti":
+            affine = spacing_affine(spacing) if labels is None else labels[0].affine
+            images = [ct_to_nifti(image, affine) for image in images[:, 0].cpu().numpy()]
+            if restore_grid:
+                own_grid = load_volume(mask)
+                air = background_value(modality)
+                images = [resample_like(image, own_grid, order=1, fill=air) for image in images]
+                labels = [resample_like(label_map, own_grid, order=0, fill=0) for label_map in labels]
+            if labels is not None:
+                labels = [labels_to_nifti(np.asarray(label_map.dataobj), label_map.affine) for label_map in labels]
+        else:
+            if labels is not None:
+                labels = np.stack([np.asarray(label_map.dataobj) for label_map in labels])
+                labels = labels if output_type == "np" else torch.from_numpy(labels)[:, None].to(latents.device)
+            if output_type == "np":
+                images = images[:, 0].cpu().numpy()
+
+        if not return_dict:
+            return (images, labels)
+        return MaisiCTPipelineOutput(images=images, labels=labels)

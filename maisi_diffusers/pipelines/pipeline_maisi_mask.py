@@ -1,0 +1,216 @@
+"""Label maps from anatomy sizes."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from ..anatomy import CONTROLLABLE_ANATOMY, MASK_VAE_LABELS
+from ..imaging import labels_to_nifti, spacing_affine
+from ..models import AutoencoderKLMaisi, MaisiUNet3DConditionModel
+from ..schedulers.flow_solvers import set_timesteps
+from .denoising import check_sampling, denoise, prepare_latents
+from .pipeline_output import MaisiMaskPipelineOutput
+
+ABSENT = -1.0
+
+
+def anatomy_size_vector(
+    controllable_anatomy_size: list[tuple[str, float]] | None, anatomy_size: list[float] | None
+) -> list[float]:
+    """
+    The mask UNet's condition, one size for each of [`CONTROLLABLE_ANATOMY`].
+
+    Args:
+        controllable_anatomy_size: pairs of name and size, 0..1 or -1 for absent; the anatomy not named is absent.
+        anatomy_size: the whole vector of 10 instead.
+
+    Raises:
+        ValueError: unknown or repeated names, sizes out of range, more than one tumor, both or neither argument.
+    """
+    if (controllable_anatomy_size is None) == (anatomy_size is None):
+        raise ValueError(
+            "give exactly one of controllable_anatomy_size (pairs of name and size) and anatomy_size (the vector of "
+            f"10), not {'both' if anatomy_size is not None else 'neither'}"
+        )
+    if anatomy_size is None:
+        names = [name for name, _ in controllable_anatomy_size]
+        for name in names:
+            if name not in CONTROLLABLE_ANATOMY:
+                raise ValueError(f"{name!r} has no controllable size: use one of {', '.join(CONTROLLABLE_ANATOMY)}")
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"{name!r} is given {names.count(name)} times in controllable_anatomy_size: give it once"
+                )
+        sizes = dict(controllable_anatomy_size)
+        anatomy_size = [sizes.get(name, ABSENT) for name in CONTROLLABLE_ANATOMY]
+
+    if len(anatomy_size) != len(CONTROLLABLE_ANATOMY):
+        raise ValueError(
+            f"anatomy_size has {len(anatomy_size)} entries: give {len(CONTROLLABLE_ANATOMY)}, "
+            f"for {', '.join(CONTROLLABLE_ANATOMY)}"
+        )
+    for name, size in zip(CONTROLLABLE_ANATOMY, anatomy_size):
+        if size != ABSENT and not 0 <= size <= 1:
+            raise ValueError(f"the size {size} of {name!r} is not allowed: give 0 to 1, or -1 for absent")
+    tumors = [name for name, size in zip(CONTROLLABLE_ANATOMY[5:], anatomy_size[5:]) if size != ABSENT]
+    if len(tumors) > 1:
+        raise ValueError(f"at most one tumor can be controlled, not {' and '.join(map(repr, tumors))}: choose one")
+    return [float(size) for size in anatomy_size]
+
+
+class MaisiMaskPipeline(DiffusionPipeline):
+    r"""
+    Make label maps with organs and a tumor of a given size ([Guo et al., 2024](https://arxiv.org/abs/2409.11169)).
+
+    The components have the names they have in [`MaisiCTPipeline`], so that `MaisiMaskPipeline.from_pipe(ct_pipeline)`
+    and `MaisiMaskPipeline.from_pretrained` on its repository give this pipeline.
+
+    Args:
+        mask_vae: the VAE of label maps, whose outputs are the 125 labels of [`MASK_VAE_LABELS`].
+        mask_unet: the UNet of its latents.
+        mask_scheduler: the scheduler it was trained with.
+        mask_latent_size: voxels of the latent along X, Y, Z.
+        mask_spacing: spacing of the label maps in mm.
+
+    Example:
+
+    ```py
+    >>> from maisi_diffusers import MaisiMaskPipeline
+
+    >>> pipe = MaisiMaskPipeline.from_pretrained("my/maisi-rflow-ct")
+    >>> mask = pipe(controllable_anatomy_size=[("liver", 0.5), ("hepatic tumor", 0.3)]).masks[0]
+    >>> mask.to_filename("mask.nii.gz")
+    ```
+    """
+
+    model_cpu_offload_seq = "mask_unet->mask_vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        mask_vae: AutoencoderKLMaisi,
+        mask_unet: MaisiUNet3DConditionModel,
+        mask_scheduler: DDPMScheduler,
+        mask_latent_size: tuple[int, int, int] = (64, 64, 64),
+        mask_spacing: tuple[float, float, float] = (1.5, 1.5, 1.5),
+    ):
+        super().__init__()
+        self.register_modules(mask_vae=mask_vae, mask_unet=mask_unet, mask_scheduler=mask_scheduler)
+        self.register_to_config(mask_latent_size=list(mask_latent_size), mask_spacing=list(mask_spacing))
+        self._interrupt = False
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps of the current run."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to end the run: it sets `pipe._interrupt = True`."""
+        return self._interrupt
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Latents to label maps.
+
+        Args:
+            latents (N, C, X, Y, Z): as the UNet made them.
+
+        Returns:
+            uint8 (N, 1, 4X, 4Y, 4Z) in MAISI's vocabulary.
+        """
+        table = torch.tensor(MASK_VAE_LABELS, dtype=torch.uint8, device=latents.device)
+        latents = latents.to(self.mask_vae.dtype) / self.mask_vae.config.scaling_factor
+        masks = []
+        for latent in latents.split(1):  # 125 logits a voxel: one map at a time
+            logits = self.mask_vae.decode(latent, return_dict=False)[0]
+            masks.append(table[logits.argmax(dim=1, keepdim=True)])
+        return torch.cat(masks)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        controllable_anatomy_size: list[tuple[str, float]] | None = None,
+        anatomy_size: list[float] | None = None,
+        num_images: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "nifti",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> MaisiMaskPipelineOutput | tuple:
+        r"""
+        Args:
+            controllable_anatomy_size: pairs of name and size, e.g. `[("liver", 0.5), ("hepatic tumor", 0.3)]`: 0..1,
+                or -1 for absent; at most one tumor. The anatomy not named is absent.
+            anatomy_size: the whole vector of 10 sizes instead.
+            num_images: label maps to make.
+            num_inference_steps: as many as the scheduler was trained with, if not given.
+            generator: one, or one a label map, for the same result again.
+            latents (N, C, X, Y, Z): the initial noise instead of drawing it.
+            output_type: `"nifti"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict: return a [`MaisiMaskPipelineOutput`] instead of a tuple.
+            callback_on_step_end: called after every step as `callback(pipe, step, timestep, {"latents": ...})`.
+            callback_on_step_end_tensor_inputs: `["latents"]` or `[]`.
+
+        Raises:
+            ValueError: for arguments that are out of range or contradict each other, before any network runs.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.mask_scheduler.config.num_train_timesteps
+        self._interrupt = False
+
+        # 1. Check inputs
+        sizes = anatomy_size_vector(controllable_anatomy_size, anatomy_size)
+        latent_shape = (num_images, self.mask_unet.config.in_channels, *self.config.mask_latent_size)
+        check_sampling(
+            self.mask_scheduler,
+            "epsilon",
+            num_images,
+            num_inference_steps,
+            generator,
+            latents,
+            latent_shape,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 2. Prepare noise, timesteps and condition
+        device = self._execution_device
+        latents = prepare_latents(latent_shape, device, generator, latents)
+        timesteps = set_timesteps(self.mask_scheduler, num_inference_steps, device, latents[0, 0].numel())
+        dtype = self.mask_unet.dtype
+        condition = torch.tensor(sizes, dtype=dtype, device=device).expand(num_images, 1, -1)
+
+        # 3. Denoise
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.mask_unet(latents.to(dtype), timestep, encoder_hidden_states=condition, return_dict=False)[0]
+
+        latents = denoise(
+            self,
+            self.mask_scheduler,
+            predict,
+            latents,
+            timesteps,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 4. Decode
+        masks = latents if output_type == "latent" else self.decode(latents)
+        self.maybe_free_model_hooks()
+        if output_type in ("nifti", "np"):
+            masks = masks[:, 0].cpu().numpy()
+        if output_type == "nifti":
+            masks = [labels_to_nifti(mask, spacing_affine(self.config.mask_spacing)) for mask in masks]
+
+        if not return_dict:
+            return (masks,)
+        return MaisiMaskPipelineOutput(masks=masks)

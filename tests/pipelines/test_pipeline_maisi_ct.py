@@ -1,0 +1,261 @@
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from maisi_diffusers import MaisiCTPipeline, MaisiCTPipelineOutput, MaisiMaskPipeline
+from tests.tiny import SIZE, SPACING, make_label_map, make_pipeline, seeded
+
+IMAGE_ONLY = {"image_only": True, "output_size": SIZE, "spacing": SPACING, "body_region": ["chest"]}
+
+
+@pytest.fixture(scope="module", params=["rflow-ct", "ddpm-ct"])
+def pipe(request):
+    return make_pipeline(request.param)
+
+
+@pytest.fixture(scope="module")
+def rflow():
+    return make_pipeline("rflow-ct")
+
+
+def test_nifti_output(pipe):
+    mask = make_label_map()
+    output = pipe(mask=mask, generator=seeded())
+    assert isinstance(output, MaisiCTPipelineOutput)
+    image, labels = output.images[0], output.labels[0]
+    assert image.get_data_dtype() == np.int16 and labels.get_data_dtype() == np.uint8
+    assert image.shape == labels.shape == SIZE
+    np.testing.assert_allclose(image.affine, mask.affine)
+    np.testing.assert_allclose(labels.affine, mask.affine)
+    for nifti in (image, labels):
+        header = nifti.header
+        assert header["sform_code"] > 0 and header["qform_code"] > 0
+        assert header.get_xyzt_units()[0] == "mm"
+        assert "synthetic" in header["descrip"].item().decode()
+        np.testing.assert_allclose(nifti.get_qform(), mask.affine, atol=1e-5)
+    hu = image.get_fdata()
+    assert hu.min() >= -1000 and hu.max() <= 1000
+    outside = np.asarray(labels.dataobj) == 0
+    assert outside.any() and (hu[outside] == -1000).all()
+    assert hu[~outside].std() > 10
+    assert np.array_equal(labels.dataobj, mask.dataobj)
+
+
+def test_output_types_agree(pipe):
+    arguments = {"mask": make_label_map(), "num_images": 2}
+    images = {
+        kind: pipe(**arguments, generator=seeded(), output_type=kind) for kind in ("nifti", "np", "pt", "latent")
+    }
+    assert images["np"].images.shape == images["np"].labels.shape == (2, *SIZE)
+    assert images["pt"].images.shape == images["pt"].labels.shape == (2, 1, *SIZE)
+    assert images["latent"].images.shape == (2, 4, *(n // 4 for n in SIZE))
+    assert images["np"].images.dtype == np.float32 and images["pt"].images.dtype == torch.float32
+    assert images["np"].labels.dtype == np.uint8 and images["pt"].labels.dtype == torch.uint8
+    assert np.array_equal(images["np"].images, images["pt"].images[:, 0].numpy())
+    for i in range(2):
+        assert np.array_equal(np.asarray(images["nifti"].images[i].dataobj), np.rint(images["np"].images[i]))
+        assert np.array_equal(np.asarray(images["nifti"].labels[i].dataobj), images["np"].labels[i])
+    assert not np.array_equal(images["np"].images[0], images["np"].images[1])
+
+    as_tuple = pipe(**arguments, generator=seeded(), output_type="np", return_dict=False)
+    assert np.array_equal(as_tuple[0], images["np"].images) and np.array_equal(as_tuple[1], images["np"].labels)
+
+
+def test_image_only(pipe):
+    output = pipe(**IMAGE_ONLY, generator=seeded())
+    assert output.labels is None
+    np.testing.assert_allclose(output.images[0].affine, np.diag([*SPACING, 1]))
+    assert output.images[0].shape == SIZE
+
+
+def test_generated_mask(pipe):
+    sizes = [("liver", 0.5), ("hepatic tumor", 0.3)]
+    output = pipe(
+        controllable_anatomy_size=sizes, output_size=SIZE, spacing=SPACING, body_region=["abdomen"], generator=seeded()
+    )
+    masks = MaisiMaskPipeline.from_pipe(pipe)
+    masks.set_progress_bar_config(disable=True)
+    mask = masks(controllable_anatomy_size=sizes, generator=seeded()).masks[0]
+    assert mask.shape == (16, 16, 16) and mask.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(mask.affine, np.diag([6, 6, 6, 1]))
+    # The label map of the CT is that mask on the wanted grid: its centre voxel is the same.
+    labels = np.asarray(output.labels[0].dataobj)
+    assert labels.shape == SIZE
+    assert set(np.unique(labels)) <= set(np.unique(mask.dataobj)) | {0}
+
+    several = pipe(
+        anatomy_size=[0.1] * 5 + [-1] * 5,
+        output_size=SIZE,
+        spacing=SPACING,
+        body_region=["chest"],
+        num_images=2,
+        generator=[seeded(1), seeded(2)],
+        output_type="np",
+    )
+    assert not np.array_equal(several.labels[0], several.labels[1])
+
+
+@pytest.mark.parametrize("arguments", [{"mask": None}, IMAGE_ONLY], ids=["mask", "image only"])
+def test_seeds(pipe, arguments):
+    arguments = {"mask": make_label_map()} if "mask" in arguments else arguments
+    call = lambda generator, **kwargs: pipe(**arguments, generator=generator, output_type="np", **kwargs).images  # noqa: E731
+    assert np.array_equal(call(seeded(3)), call(seeded(3)))
+    assert not np.array_equal(call(seeded(3)), call(seeded(4)))
+    # One generator an image: each as if made alone.
+    both = call([seeded(3), seeded(4)], num_images=2)
+    np.testing.assert_allclose(both[0], call(seeded(3))[0], atol=2)
+    np.testing.assert_allclose(both[1], call(seeded(4))[0], atol=2)
+
+
+def test_latents_are_the_noise(rflow):
+    shape = (1, 4, *(n // 4 for n in SIZE))
+    noise = torch.randn(shape, generator=seeded(5))
+    drawn = rflow(**IMAGE_ONLY, generator=seeded(5), output_type="latent").images
+    assert torch.equal(rflow(**IMAGE_ONLY, latents=noise, output_type="latent").images, drawn)
+
+
+def test_conditions_reach_the_output(rflow):
+    """Spacing, modality, mask, scale and guidance each change the image."""
+    mask = make_label_map()
+    call = lambda **kwargs: (
+        rflow(  # noqa: E731
+            **({"mask": mask} | kwargs), generator=seeded(), output_type="latent"
+        ).images
+    )
+    base = call()
+    other_labels = np.asarray(mask.dataobj).copy()
+    other_labels[other_labels == 28] = 32
+    variants = {
+        "spacing": call(mask=nib.Nifti1Image(mask.dataobj, np.diag([1.5, 1.5, 3, 1]))),
+        "modality": call(modality="ct_contrast"),
+        "mask": call(mask=nib.Nifti1Image(other_labels, mask.affine)),
+        "scale": call(controlnet_conditioning_scale=0.5),
+        "guidance": call(guidance_scale=2.0),
+        "steps": call(num_inference_steps=3),
+    }
+    for name, latents in variants.items():
+        assert (latents - base).abs().max() > 1e-4 * base.abs().max(), name
+    no_controlnet = call(controlnet_conditioning_scale=0.0)
+    image_only = rflow(**IMAGE_ONLY, generator=seeded(), output_type="latent").images
+    torch.testing.assert_close(no_controlnet, image_only)
+
+
+def test_regions_reach_the_output():
+    pipe = make_pipeline("ddpm-ct")
+    call = lambda words: (
+        pipe(  # noqa: E731
+            **(IMAGE_ONLY | {"body_region": words}), generator=seeded(), output_type="latent"
+        ).images
+    )
+    base = call(["chest", "abdomen"])
+    assert torch.equal(call(["abdomen", "chest"]), base)  # from the top, whatever the order
+    assert not torch.equal(call(["chest", "pelvis"]), base)
+    assert not torch.equal(call(["head", "abdomen"]), base)
+    # A label map tells its regions: thorax to pelvis here.
+    by_mask = pipe(mask=make_label_map(), generator=seeded(), output_type="latent").images
+    by_words = pipe(
+        mask=make_label_map(), body_region=["chest", "lower"], generator=seeded(), output_type="latent"
+    ).images
+    assert torch.equal(by_mask, by_words)
+
+
+def test_condition_is_embedded_once(rflow, monkeypatch):
+    calls = []
+    embed = rflow.controlnet.embed_condition
+    monkeypatch.setattr(rflow.controlnet, "embed_condition", lambda bits: calls.append(bits.shape) or embed(bits))
+    rflow(mask=make_label_map(), num_images=2, num_inference_steps=4, generator=seeded())
+    assert calls == [(1, 8, *SIZE)]
+
+
+def test_callback_and_interrupt(rflow):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].shape))
+        if step == 1:
+            pipe._interrupt = True
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    output = rflow(
+        **IMAGE_ONLY, num_inference_steps=5, callback_on_step_end=callback, generator=seeded(), output_type="latent"
+    )
+    assert [step for step, _, _ in seen] == [0, 1]
+    assert seen[0][1] > seen[1][1]
+    assert not output.images.any()  # what the callback returned last
+    rflow(**IMAGE_ONLY, num_inference_steps=1, generator=seeded())
+    assert not rflow.interrupt and rflow.num_timesteps == 1
+
+
+def test_progress_bar(rflow, capsys):
+    rflow.set_progress_bar_config(disable=False)
+    rflow(**IMAGE_ONLY, num_inference_steps=3, generator=seeded())
+    rflow.set_progress_bar_config(disable=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_mr(rflow):
+    output = rflow(**IMAGE_ONLY, modality="t1", guidance_scale=2.0, generator=seeded(), output_type="np")
+    assert output.images.min() >= 0
+    labels = rflow(mask=make_label_map(), modality="t2", generator=seeded(), output_type="np")
+    assert (labels.images[labels.labels == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    pipe = make_pipeline("rflow-ct")
+    full = pipe(mask=make_label_map(), generator=seeded(), output_type="latent").images
+    half = pipe.to(dtype)(mask=make_label_map(), generator=seeded(), output_type="latent").images
+    assert half.dtype == torch.float32  # the sampling stays in float32
+    tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    assert (half - full).abs().max() <= tolerance * full.abs().max()
+    assert pipe(mask=make_label_map(), generator=seeded(), output_type="np").images.dtype == np.float32
+
+
+def test_from_pipe(pipe):
+    image_only = MaisiCTPipeline.from_pipe(pipe, controlnet=None)
+    assert image_only.controlnet is None and image_only.unet is pipe.unet
+    assert image_only.config.num_inference_steps == pipe.config.num_inference_steps
+    image_only.set_progress_bar_config(disable=True)
+    expected = pipe(**IMAGE_ONLY, generator=seeded(), output_type="np").images
+    assert np.array_equal(image_only(**IMAGE_ONLY, generator=seeded(), output_type="np").images, expected)
+
+
+HAS_ACCELERATOR = torch.accelerator.is_available()
+
+
+@pytest.mark.parametrize(
+    ("method", "device"),
+    [
+        ("enable_model_cpu_offload", "cpu"),
+        pytest.param(
+            "enable_sequential_cpu_offload",
+            None,
+            marks=pytest.mark.skipif(
+                not HAS_ACCELERATOR, reason="accelerate moves single layers to accelerators only"
+            ),
+        ),
+    ],
+)
+def test_offload(method, device):
+    """Every part is where it has to be when it is called, also in a second call."""
+    pipe = make_pipeline("rflow-ct")
+    arguments = {
+        "controllable_anatomy_size": [("liver", 0.5)],
+        "output_size": SIZE,
+        "spacing": SPACING,
+        "output_type": "np",
+    }
+    expected = pipe(**arguments, generator=seeded()).images
+    getattr(pipe, method)(device=device)
+    for _ in range(2):
+        assert np.array_equal(pipe(**arguments, generator=seeded()).images, expected)
+
+
+def test_model_offload_order():
+    components = make_pipeline("rflow-ct").components
+    order = MaisiCTPipeline.model_cpu_offload_seq.split("->")
+    networks = {name for name, component in components.items() if isinstance(component, torch.nn.Module)}
+    # The ControlNet is called in turn with the UNet: in the chain, each would send the other away at every step.
+    assert networks - set(order) == {"controlnet"}
+    assert order.index("mask_unet") < order.index("mask_vae") < order.index("unet") < order.index("vae")
