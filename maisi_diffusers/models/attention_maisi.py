@@ -91,7 +91,8 @@ class MaisiAttentionBlock3D(nn.Module):
         """`hidden_states` is (N, C, X, Y, Z); `encoder_hidden_states` is not used by plain self-attention."""
         tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)
         tokens = self.attn(tokens)
-        return tokens.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
+        # The first summand gives the result its memory layout: that of the input, not that of the tokens.
+        return hidden_states + tokens.transpose(1, 2).reshape(hidden_states.shape)
 
 
 class MaisiTransformerBlock(nn.Module):
@@ -146,4 +147,4 @@ class MaisiTransformer3D(nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states)
         tokens = tokens.transpose(1, 2).reshape(shape)
-        return self.proj_out(tokens) + hidden_states
+        return hidden_states + self.proj_out(tokens)

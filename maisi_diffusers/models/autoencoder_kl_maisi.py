@@ -9,10 +9,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .modeling_maisi import MaisiModelMixin
 from .unet_3d_blocks_maisi import MaisiBlock3D, expand_to_levels
 
 
@@ -172,7 +172,7 @@ class MaisiDecoder3D(nn.Module):
         return self.conv_out(self.conv_norm_out(sample))
 
 
-class AutoencoderKLMaisi(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin):
+class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     3D variational autoencoder of MAISI ([Guo et al., 2024](https://arxiv.org/abs/2409.11169)). One class covers the
     image VAE (one channel in 0..1) and the mask VAE (8 label bits in, 125 class logits out).

@@ -9,11 +9,11 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .embeddings_maisi import embed_time_and_class
+from .modeling_maisi import MaisiModelMixin
 from .unet_3d_blocks_maisi import MaisiDownBlock3D, MaisiMidBlock3D, expand_to_levels, level_attention
 from .unet_3d_maisi import MaisiUNet3DConditionModel
 
@@ -45,7 +45,7 @@ class MaisiControlNetConditioningEmbedding(nn.Module):
         return self.conv_out(embedding)
 
 
-class MaisiControlNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     ControlNet of MAISI ([Guo et al., 2024](https://arxiv.org/abs/2409.11169)): the encoder of
     [`MaisiUNet3DConditionModel`] without spacing and regions, fed with the noisy latent plus the embedded label map.
@@ -62,7 +62,7 @@ class MaisiControlNetModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
         resnet_updown: downsample by resnet blocks instead of convolutions.
         num_class_embeds: number of class embeddings (modality codes); `None` for a model without.
         conditioning_channels: channels of the condition: the bits of the label map.
-        conditioning_embedding_out_channels: channels of the condition's embedding; each after the first halves the grid.
+        conditioning_embedding_out_channels: channels of the condition's embedding; each after the first halves it.
     """
 
     _supports_gradient_checkpointing = True

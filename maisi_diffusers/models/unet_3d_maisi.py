@@ -8,11 +8,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from .embeddings_maisi import embed_time_and_class
+from .modeling_maisi import MaisiModelMixin
 from .unet_3d_blocks_maisi import (
     MaisiDownBlock3D,
     MaisiMidBlock3D,
@@ -33,7 +33,7 @@ class MaisiUNet3DConditionOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class MaisiUNet3DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class MaisiUNet3DConditionModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     3D UNet of MAISI ([Guo et al., 2024](https://arxiv.org/abs/2409.11169)). One class covers the image UNets of the
     published `ddpm-ct` and `rflow-*` models and the mask UNet.

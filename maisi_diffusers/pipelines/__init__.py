@@ -3,7 +3,6 @@
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
-from ..schedulers import MaisiRFlowScheduler
 from .pipeline_maisi_ct import MaisiCTPipeline
 from .pipeline_maisi_mask import MaisiMaskPipeline
 from .pipeline_output import MaisiCTPipelineOutput, MaisiMaskPipelineOutput
@@ -19,8 +18,6 @@ LOADABLE_CLASSES["maisi_diffusers"] = {
 }
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["maisi_diffusers"])
 
-# `DiffusionPipeline.from_pretrained` looks for a pipeline's class in diffusers, `from_config` of a scheduler for the
-# class that the config is of.
+# `DiffusionPipeline.from_pretrained` looks for a pipeline's class in diffusers.
 diffusers.MaisiCTPipeline = MaisiCTPipeline
 diffusers.MaisiMaskPipeline = MaisiMaskPipeline
-diffusers.MaisiRFlowScheduler = MaisiRFlowScheduler

@@ -107,8 +107,8 @@ class MaisiCTPipeline(DiffusionPipeline):
         modality: str = "ct",
         prediction_type: str | None = None,
         input_rules: dict | None = None,
-        mask_latent_size: tuple[int, int, int] = (64, 64, 64),
-        mask_spacing: tuple[float, float, float] = (1.5, 1.5, 1.5),
+        mask_latent_size: list[int] = [64, 64, 64],
+        mask_spacing: list[float] = [1.5, 1.5, 1.5],
     ):
         super().__init__()
         self.register_modules(

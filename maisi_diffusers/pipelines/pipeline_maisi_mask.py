@@ -93,8 +93,8 @@ class MaisiMaskPipeline(DiffusionPipeline):
         mask_vae: AutoencoderKLMaisi,
         mask_unet: MaisiUNet3DConditionModel,
         mask_scheduler: DDPMScheduler,
-        mask_latent_size: tuple[int, int, int] = (64, 64, 64),
-        mask_spacing: tuple[float, float, float] = (1.5, 1.5, 1.5),
+        mask_latent_size: list[int] = [64, 64, 64],
+        mask_spacing: list[float] = [1.5, 1.5, 1.5],
     ):
         super().__init__()
         self.register_modules(mask_vae=mask_vae, mask_unet=mask_unet, mask_scheduler=mask_scheduler)

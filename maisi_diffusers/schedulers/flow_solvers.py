@@ -9,6 +9,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .scheduling_maisi_rflow import MaisiRFlowScheduler
 
 FLOW_MATCH_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+# The multistep solvers take the logarithm of 1 - sigma.
+ALMOST_ONE = 1 - 1e-6
 
 
 def integrates_flow(scheduler: SchedulerMixin) -> bool:
@@ -25,8 +27,8 @@ def set_timesteps(
     """
     Set the timesteps of any scheduler for a latent of the given size.
 
-    A flow solver gets the size-dependent timesteps of [`MaisiRFlowScheduler`] where its config, carried over by
-    `from_config`, asks for them: they are what diffusers calls a shift, by the ratio of the edge lengths.
+    A flow solver whose config was carried over from [`MaisiRFlowScheduler`] gets the timesteps of that: even ones,
+    shifted by the size of the latent. One without `use_timestep_transform` in its config keeps a schedule of its own.
 
     Args:
         scheduler: of MAISI or of diffusers.
@@ -35,30 +37,25 @@ def set_timesteps(
         input_img_size_numel: voxels of the latent, X * Y * Z.
 
     Returns:
-        the timesteps to call the model at, one for each of `scheduler.timesteps`. Multistep solvers round theirs to
+        the timesteps to call the model at, one for each of `scheduler.timesteps`: multistep solvers round theirs to
         whole numbers, the model is to have the exact ones.
     """
     if isinstance(scheduler, MaisiRFlowScheduler):
         scheduler.set_timesteps(num_inference_steps, device=device, input_img_size_numel=input_img_size_numel)
         return scheduler.timesteps
+    scheduler.set_timesteps(num_inference_steps, device=device)
     if not integrates_flow(scheduler):
-        scheduler.set_timesteps(num_inference_steps, device=device)
         return scheduler.timesteps
 
+    num_train_timesteps = scheduler.config.num_train_timesteps
     if scheduler.config.get("use_timestep_transform"):
-        shift = (input_img_size_numel / scheduler.config["base_img_size_numel"]) ** (1 / 3)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            scheduler.set_shift(shift)
-        elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
-            scheduler.register_to_config(shift=shift)
-        else:
-            scheduler.register_to_config(flow_shift=shift)
-
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # The even steps of MAISI; by itself the solver would end with a sliver of a step.
-        sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
-        scheduler.set_timesteps(sigmas=sigmas, device=device)
-    else:
-        scheduler.set_timesteps(num_inference_steps, device=device)
-    sigmas = scheduler.sigmas[: len(scheduler.timesteps)]
-    return (sigmas * scheduler.config.num_train_timesteps).to(device)
+        reference = MaisiRFlowScheduler(num_train_timesteps, base_img_size_numel=scheduler.config.base_img_size_numel)
+        reference.set_timesteps(num_inference_steps, input_img_size_numel=input_img_size_numel)
+        timesteps = reference.timesteps
+        if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+            timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
+        elif not isinstance(scheduler, FLOW_MATCH_SCHEDULERS):
+            timesteps = timesteps.clamp(max=ALMOST_ONE * num_train_timesteps)
+        scheduler.timesteps = timesteps.to(scheduler.timesteps)
+        scheduler.sigmas = torch.cat([timesteps / num_train_timesteps, torch.zeros(1)]).to(scheduler.sigmas)
+    return (scheduler.sigmas[: len(scheduler.timesteps)] * num_train_timesteps).to(device)
