@@ -36,6 +36,7 @@ setup(
         "numpy>=2.4",
         "scipy>=1.17",
         "nibabel>=5.4",
+        "matplotlib>=3.11",
         "connected-components-3d>=4.1",
     ],
     extras_require={"test": TEST, "dev": [*TEST, "ruff>=0.17"]},

@@ -1,8 +1,14 @@
 """Fixtures that several test packages share."""
 
+import os
 from pathlib import Path
 
-import pytest
+# Each of pytest-xdist's processes, and what it starts, is to keep to one core: their thread pools would spin against
+# each other. Before anything imports torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
 
 REAL_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

@@ -70,7 +70,8 @@ class MaisiCTPipeline(DiffusionPipeline):
         mask_scheduler: its scheduler.
         num_inference_steps: the number of steps the model was released with.
         modality: the modality that is made where a call names none.
-        prediction_type: what the UNet predicts, `"flow_prediction"` or `"epsilon"`; that of the scheduler if not given.
+        prediction_type: what the UNet predicts, `"flow_prediction"` or `"epsilon"`; what the scheduler takes if not
+            given.
         input_rules: sizes and spacings the model was trained for (see
             [`maisi_diffusers.pipelines.input_rules`]); `None` for the hard limit alone, divisibility.
         mask_latent_size: voxels of a generated label map's latent.

@@ -99,7 +99,10 @@ def test_generated_mask(pipe):
 @pytest.mark.parametrize("arguments", [{"mask": None}, IMAGE_ONLY], ids=["mask", "image only"])
 def test_seeds(pipe, arguments):
     arguments = {"mask": make_label_map()} if "mask" in arguments else arguments
-    call = lambda generator, **kwargs: pipe(**arguments, generator=generator, output_type="np", **kwargs).images  # noqa: E731
+
+    def call(generator, **kwargs):
+        return pipe(**arguments, generator=generator, output_type="np", **kwargs).images
+
     assert np.array_equal(call(seeded(3)), call(seeded(3)))
     assert not np.array_equal(call(seeded(3)), call(seeded(4)))
     # One generator an image: each as if made alone.
@@ -118,11 +121,10 @@ def test_latents_are_the_noise(rflow):
 def test_conditions_reach_the_output(rflow):
     """Spacing, modality, mask, scale and guidance each change the image."""
     mask = make_label_map()
-    call = lambda **kwargs: (
-        rflow(  # noqa: E731
-            **({"mask": mask} | kwargs), generator=seeded(), output_type="latent"
-        ).images
-    )
+
+    def call(**kwargs):
+        return rflow(**({"mask": mask} | kwargs), generator=seeded(), output_type="latent").images
+
     base = call()
     other_labels = np.asarray(mask.dataobj).copy()
     other_labels[other_labels == 28] = 32
@@ -143,11 +145,10 @@ def test_conditions_reach_the_output(rflow):
 
 def test_regions_reach_the_output():
     pipe = make_pipeline("ddpm-ct")
-    call = lambda words: (
-        pipe(  # noqa: E731
-            **(IMAGE_ONLY | {"body_region": words}), generator=seeded(), output_type="latent"
-        ).images
-    )
+
+    def call(words):
+        return pipe(**(IMAGE_ONLY | {"body_region": words}), generator=seeded(), output_type="latent").images
+
     base = call(["chest", "abdomen"])
     assert torch.equal(call(["abdomen", "chest"]), base)  # from the top, whatever the order
     assert not torch.equal(call(["chest", "pelvis"]), base)

@@ -122,7 +122,8 @@ def test_import_is_light():
     """Names are there at once, diffusers and torch only when one is used."""
     code = (
         "import sys, maisi_diffusers; assert 'AutoencoderKLMaisi' in dir(maisi_diffusers); "
-        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'nibabel'} & set(sys.modules); assert not heavy, heavy; "
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'nibabel'} & set(sys.modules); "
+        "assert not heavy, heavy; "
         "maisi_diffusers.MaisiCTPipeline; maisi_diffusers.models; assert 'monai' not in sys.modules"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
