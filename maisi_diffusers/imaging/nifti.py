@@ -41,7 +41,7 @@ def load_volume(source: str | PathLike | nib.Nifti1Image) -> nib.Nifti1Image:
     if isinstance(source, nib.Nifti1Image):
         name, image = "The image", source
     else:
-        name, image = f"{str(source)!r}", _open(Path(source))
+        name, image = f"{str(source)!r}", _open(source)
     try:
         data = np.asanyarray(image.dataobj)
     except UNREADABLE as error:
@@ -140,7 +140,13 @@ def _synthetic(data: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     return image
 
 
-def _open(path: Path) -> nib.Nifti1Image:
+def _open(source: str | PathLike) -> nib.Nifti1Image:
+    if not isinstance(source, (str, PathLike)):
+        raise ValueError(
+            f"A {type(source).__name__} is neither a path nor a NIfTI image; wrap an array as "
+            "nib.Nifti1Image(array, affine)."
+        )
+    path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"No file {str(path)!r}; pass the path of a .nii or .nii.gz file.")
     if path.stat().st_size == 0:

@@ -37,6 +37,8 @@ def check_sampling(
             "'flow_prediction' take MaisiRFlowScheduler, or FlowMatchEuler, FlowMatchHeun, UniPC or DPM-Solver by "
             "`from_config(pipe.scheduler.config)` of it; for 'epsilon' DDPMScheduler"
         )
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"num_images={batch_size} is not allowed: give a whole number of at least 1")
     steps = scheduler.config.num_train_timesteps
     if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= steps:
         raise ValueError(

@@ -190,16 +190,15 @@ class MaisiCTPipeline(DiffusionPipeline):
         image_only: bool,
         output_size: tuple[int, int, int] | None,
         spacing: tuple[float, float, float] | None,
-        num_images: int,
         guidance_scale: float,
         output_type: str,
         restore_grid: bool,
     ) -> None:
         """Refuse arguments that are unknown, out of range or contradict each other; raises a `ValueError`."""
         check_size_and_spacing(output_size, spacing)
-        for region in body_region or []:
-            regions_from_words([region])
-        for anatomy in anatomy_list or []:
+        if body_region:
+            regions_from_words(body_region)
+        for anatomy in [anatomy_list] if isinstance(anatomy_list, str) else anatomy_list or []:
             label_index(anatomy)
         if controllable_anatomy_size is not None or anatomy_size is not None:
             anatomy_size_vector(controllable_anatomy_size, anatomy_size)
@@ -242,8 +241,6 @@ class MaisiCTPipeline(DiffusionPipeline):
                 "this model takes the body region, which without a label map only body_region can tell: "
                 "give e.g. body_region=['chest']"
             )
-        if not isinstance(num_images, int) or num_images < 1:
-            raise ValueError(f"num_images={num_images} is not allowed: give a whole number of at least 1")
         if guidance_scale < 0:
             raise ValueError(f"guidance_scale={guidance_scale} is not allowed: give 0 (off) or more")
 
@@ -482,7 +479,6 @@ class MaisiCTPipeline(DiffusionPipeline):
             image_only,
             output_size,
             spacing,
-            num_images,
             guidance_scale,
             output_type,
             restore_grid,
@@ -569,6 +565,7 @@ class MaisiCTPipeline(DiffusionPipeline):
                 own_grid = load_volume(mask)
                 air = background_value(modality)
                 images = [resample_like(image, own_grid, order=1, fill=air) for image in images]
+                images = [ct_to_nifti(np.asarray(image.dataobj), image.affine) for image in images]
                 labels = [resample_like(label_map, own_grid, order=0, fill=0) for label_map in labels]
             if labels is not None:
                 labels = [labels_to_nifti(np.asarray(label_map.dataobj), label_map.affine) for label_map in labels]

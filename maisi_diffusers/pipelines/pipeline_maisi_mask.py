@@ -1,6 +1,7 @@
 """Label maps from anatomy sizes."""
 
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -35,6 +36,9 @@ def anatomy_size_vector(
             f"10), not {'both' if anatomy_size is not None else 'neither'}"
         )
     if anatomy_size is None:
+        for pair in controllable_anatomy_size:
+            if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], Real):
+                raise ValueError(f"{pair!r} is not a pair of name and size: give pairs like ('liver', 0.5)")
         names = [name for name, _ in controllable_anatomy_size]
         for name in names:
             if name not in CONTROLLABLE_ANATOMY:

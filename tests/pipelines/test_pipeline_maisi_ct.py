@@ -96,10 +96,8 @@ def test_generated_mask(pipe):
     assert not np.array_equal(several.labels[0], several.labels[1])
 
 
-@pytest.mark.parametrize("arguments", [{"mask": None}, IMAGE_ONLY], ids=["mask", "image only"])
+@pytest.mark.parametrize("arguments", [{"mask": make_label_map()}, IMAGE_ONLY], ids=["mask", "image only"])
 def test_seeds(pipe, arguments):
-    arguments = {"mask": make_label_map()} if "mask" in arguments else arguments
-
     def call(generator, **kwargs):
         return pipe(**arguments, generator=generator, output_type="np", **kwargs).images
 

@@ -112,6 +112,8 @@ def test_restore_grid(generate, torso_labels):
     image, labels = generate(source, restore_grid=True)
     assert image.shape == labels.shape == source.shape
     np.testing.assert_allclose(image.affine, source.affine)
+    assert image.get_data_dtype() == np.int16 and labels.get_data_dtype() == np.uint8
+    assert "synthetic" in image.header["descrip"].item().decode()
     scores = dice(load_label_map(source, "totalsegmentator"), labels)
     assert np.mean(list(scores.values())) > 0.95 and min(scores.values()) > 0.85
     assert (np.asarray(image.dataobj)[np.asarray(labels.dataobj) == 0] < -400).mean() > 0.95
