@@ -31,7 +31,13 @@ MASK_NETWORKS = {
     },
 }
 RELEASED = {
-    "rflow": {"vae": {}, "unet": {}, "controlnet": {}, "scheduler": {"monai_rounding": True}, **MASK_NETWORKS},
+    "rflow": {
+        "vae": {},
+        "unet": {},
+        "controlnet": {},
+        "scheduler": {"scale": 1.4, "monai_rounding": True},
+        **MASK_NETWORKS,
+    },
     "ddpm": {
         "vae": {},
         "unet": {**DDPM_ATTENTION, "use_region_index": True},
@@ -143,18 +149,24 @@ def read_architecture(folder: Path, kind: str) -> dict[str, dict]:
         kind: `"rflow"` or `"ddpm"`.
 
     Raises:
-        ValueError: for a field that is not known or an option that is not supported; names file and field.
+        ValueError: for a file that is not JSON, a field that is not known or an option that is not supported; names
+            file and field.
     """
     architecture = {name: dict(config) for name, config in RELEASED[kind].items()}
     path = folder / "configs" / f"config_network_{kind}.json"
     if not path.is_file():
         return architecture
 
-    published = json.loads(path.read_text())
+    try:
+        published = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again, in a clone by `git lfs pull`") from error
+    if not isinstance(published, dict):
+        raise ValueError(f"{path} holds a {type(published).__name__}, not an object of networks: download it again")
     for name, section in SECTIONS.items():
         if section not in published:
             continue
-        fields = _resolve_references(published[section], published)
+        fields = _resolve_references(published[section], published, path)
         if name.endswith("scheduler"):
             architecture[name] = _scheduler_config(fields, kind if name == "scheduler" else "ddpm", path)
         elif name.endswith("vae"):
@@ -166,12 +178,14 @@ def read_architecture(folder: Path, kind: str) -> dict[str, dict]:
     return architecture
 
 
-def _resolve_references(value, root: dict):
+def _resolve_references(value, root: dict, path: Path):
     """`"@name"` stands for the top-level entry of that name."""
     if isinstance(value, str) and value.startswith("@"):
-        return _resolve_references(root[value[1:]], root)
+        if value[1:] not in root:
+            raise ValueError(f"{path}: {value!r} refers to an entry that the file does not have: add it")
+        return _resolve_references(root[value[1:]], root, path)
     if isinstance(value, dict):
-        return {key: _resolve_references(entry, root) for key, entry in value.items()}
+        return {key: _resolve_references(entry, root, path) for key, entry in value.items()}
     return value
 
 

@@ -1,5 +1,6 @@
 """The published checkpoints as components of a pipeline."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from accelerate import init_empty_weights
 from diffusers import DDPMScheduler, ModelMixin
 from diffusers.utils import logging
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..models import AutoencoderKLMaisi, MaisiControlNetModel, MaisiUNet3DConditionModel
 from ..schedulers import MaisiRFlowScheduler
@@ -82,7 +84,10 @@ def load_maisi_checkpoint(
     version: str,
     torch_dtype: torch.dtype = torch.float32,
     strict: bool = True,
-    **hub_kwargs,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
 ) -> dict[str, ModelMixin | MaisiRFlowScheduler | DDPMScheduler]:
     """
     Read a published model into the components of [`MaisiCTPipeline`].
@@ -94,20 +99,24 @@ def load_maisi_checkpoint(
         version: `rflow-ct`, `ddpm-ct`, `rflow-mr` or `rflow-mr-brain`.
         torch_dtype: dtype of the networks.
         strict: an unexpected key is an error; otherwise it is dropped with a warning.
-        hub_kwargs: passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`,
-            `local_files_only`).
+        revision: branch, tag or commit of a Hub repository.
+        token: for a private or gated Hub repository.
+        cache_dir: where downloads are kept.
+        local_files_only: read what was downloaded before and do not ask the Hub.
 
     Returns:
         components by name; ControlNet and mask networks where the source has their files.
 
     Raises:
-        FileNotFoundError: a source or a required file that is not there.
+        FileNotFoundError: a source or a required file that is not there, or a Hub that cannot be reached.
         ValueError: an unknown version; a damaged or unsafe file; a key missing or unexpected or of another shape.
     """
     if version not in VERSIONS:
         raise ValueError(f"version={version!r} is not known: use one of {', '.join(VERSIONS)}")
     spec = VERSIONS[version]
-    folders = _find_folders(source, spec, hub_kwargs)
+    folders = _find_folders(
+        source, spec, revision, {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    )
     paths = {name: _find_file(folders[name], names) for name, names in spec.files.items()}
     for name in REQUIRED:
         if paths[name] is None:
@@ -145,7 +154,7 @@ def load_maisi_checkpoint(
     return components
 
 
-def _find_folders(source: str | os.PathLike, spec: Version, hub_kwargs: dict) -> dict[str, Path]:
+def _find_folders(source: str | os.PathLike, spec: Version, revision: str | None, hub_kwargs: dict) -> dict[str, Path]:
     """The local folder that each component's file is looked for in; Hub repositories are downloaded first."""
     if os.path.isdir(source):
         return dict.fromkeys(spec.files, Path(source))
@@ -155,14 +164,23 @@ def _find_folders(source: str | os.PathLike, spec: Version, hub_kwargs: dict) ->
             f"like {CT_REPO!r}"
         )
 
-    def download(repo: str, components: list[str]) -> Path:
+    def download(repo: str, components: list[str], revision: str | None) -> Path:
         patterns = [name for component in components for name in spec.files[component]]
-        return Path(snapshot_download(repo, allow_patterns=[*patterns, "configs/*.json"], **hub_kwargs))
+        if "unet" in components:
+            patterns.append(f"configs/config_network_{spec.kind}.json")
+        try:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **hub_kwargs))
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(
+                f"{repo!r} at revision={revision!r} is neither a folder nor a Hub repository that can be read from "
+                f"here ({type(error).__name__}): check name and network, and `hf auth login` if it is private or gated"
+            ) from error
 
     own = [name for name in spec.files if name != "vae" or spec.vae_repo is None]
-    folders = dict.fromkeys(own, download(source, own))
+    folders = dict.fromkeys(own, download(source, own, revision))
     if spec.vae_repo is not None:
-        folders["vae"] = download(spec.vae_repo, ["vae"])
+        # A revision of the model's own repository says nothing about another's.
+        folders["vae"] = download(spec.vae_repo, ["vae"], None)
     return folders
 
 
@@ -172,7 +190,7 @@ def _find_file(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 def _read_vae(config: dict, path: Path, strict: bool, dtype: torch.dtype) -> AutoencoderKLMaisi:
     checkpoint = load_torch_file(path)
-    weights = checkpoint.get("unet_state_dict", checkpoint)
+    weights = _section(checkpoint, "unet_state_dict", path) if "unet_state_dict" in checkpoint else checkpoint
     with init_empty_weights():
         model = AutoencoderKLMaisi(**config)
     layers = [len(block.resnets) for block in model.encoder.down_blocks]
@@ -184,14 +202,20 @@ def _read_unet(
 ) -> tuple[MaisiUNet3DConditionModel, float]:
     """The UNet, and the scale factor that the published files keep beside it."""
     checkpoint = load_torch_file(path)
+    weights = _section(checkpoint, "unet_state_dict", path)
     scaling_factor = checkpoint.get("scale_factor", default_scaling_factor)
     if scaling_factor is None:
         raise ValueError(
             f"{path} has no 'scale_factor', without which latents cannot be decoded: give the released file"
         )
+    if isinstance(scaling_factor, torch.Tensor):
+        scaling_factor = scaling_factor.squeeze().tolist()
+    if not isinstance(scaling_factor, (int, float)) or not 0 < scaling_factor < math.inf:
+        raise ValueError(
+            f"{path}: 'scale_factor' is {scaling_factor!r}, not a positive number: give the released file"
+        )
     with init_empty_weights():
         model = MaisiUNet3DConditionModel(**config)
-    weights = _section(checkpoint, "unet_state_dict", path)
     return _fill(model, weights, path, unet_source_keys, strict, dtype), float(scaling_factor)
 
 
@@ -202,18 +226,15 @@ def _read_controlnet(
     weights = _section(load_torch_file(path), "controlnet_state_dict", path)
     with init_empty_weights():
         model = MaisiControlNetModel(**config)
-    # The UNet's time_emb_proj also reads the spacing, so its weight does not fit.
-    fallback = {
-        name: weight for name, weight in unet.state_dict().items() if not name.endswith("time_emb_proj.weight")
-    }
-    return _fill(model, weights, path, unet_source_keys, strict, dtype, fallback)
+    return _fill(model, weights, path, unet_source_keys, strict, dtype, fallback=unet.state_dict())
 
 
 def _section(checkpoint: dict, key: str, path: Path) -> dict[str, torch.Tensor]:
-    if key not in checkpoint:
+    """The weights of a file; emptied by whoever reads them."""
+    if not isinstance(checkpoint.get(key), dict):
+        found = ", ".join(f"{name!r} ({type(value).__name__})" for name, value in list(checkpoint.items())[:5])
         raise ValueError(
-            f"{path} has no {key!r}, only {', '.join(map(repr, list(checkpoint)[:5]))}: "
-            "give the released file of this part"
+            f"{path} has no {key!r} with weights, only {found or 'nothing'}: give the released file of this part"
         )
     return checkpoint[key]
 
@@ -237,22 +258,27 @@ def _fill(
         source_keys: the published keys of one of our names.
         strict: whether an unexpected key is an error.
         dtype: of the model.
-        fallback: weights by our name, for those that the file lacks.
+        fallback: weights by our name, for those that the file lacks; of use where the shape is the same, which that
+            of the UNet's time_emb_proj.weight is not, since it reads the spacing too.
     """
     filled, missing = {}, []
     for name, own in model.state_dict().items():
         keys = source_keys(name)
         if all(key in weights for key in keys):
+            shape = (own.shape[0] // len(keys), *own.shape[1:])
+            for key in keys:
+                if not isinstance(weights[key], torch.Tensor):
+                    raise ValueError(
+                        f"{path}: {key} is a {type(weights[key]).__name__}, not a tensor: give the released file"
+                    )
+                if weights[key].shape != shape:
+                    raise ValueError(
+                        f"{path}: {key} has shape {tuple(weights[key].shape)}, but the architecture wants {shape}: "
+                        "the file belongs to another model, or its configs/config_network_*.json is missing"
+                    )
             parts = [weights.pop(key) for key in keys]
-            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if weight.shape != own.shape:
-                raise ValueError(
-                    f"{path}: {keys[0]} has shape {tuple(weight.shape)}, but the architecture wants "
-                    f"{tuple(own.shape)}: the file belongs to another model, or its configs/config_network_*.json "
-                    "is missing"
-                )
-            filled[name] = weight.to(dtype)
-        elif fallback is not None and name in fallback:
+            filled[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+        elif fallback is not None and name in fallback and fallback[name].shape == own.shape:
             filled[name] = fallback[name].clone()
         else:
             missing += [key for key in keys if key not in weights]
@@ -263,7 +289,7 @@ def _fill(
             f"{', ...' if len(missing) > 5 else ''}: the file is of another model or incomplete"
         )
     if weights:
-        surplus = f"{path} has {len(weights)} unexpected key(s): {', '.join(list(weights)[:5])}" + (
+        surplus = f"{path} has {len(weights)} unexpected key(s): {', '.join(map(str, list(weights)[:5]))}" + (
             ", ..." if len(weights) > 5 else ""
         )
         if strict:

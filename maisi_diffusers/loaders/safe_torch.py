@@ -22,7 +22,8 @@ def numpy_scalar(dtype: NumpyDtype, data: bytes) -> bool | int | float:
     """Stands in for numpy's scalar constructor: a number becomes a Python number, anything else is refused."""
     number_type = np.dtype(dtype.code)
     if number_type.kind not in "biuf":
-        raise pickle.UnpicklingError(f"numpy scalar of type {dtype.code!r} is not a number")
+        # In the unpickler's words for a refused name.
+        raise pickle.UnpicklingError(f"GLOBAL numpy.dtype[{dtype.code}] is not of a number")
     return np.frombuffer(data, number_type.newbyteorder(dtype.byte_order), count=1)[0].item()
 
 
@@ -43,6 +44,8 @@ def load_torch_file(path: str | os.PathLike) -> dict:
     `torch.load(weights_only=True)`, with harmless stand-ins for MONAI's tensor class and numpy's scalars, so that it
     reads files that were saved with them and needs neither MONAI nor trust.
 
+    What else the process has allowed `torch.load` to make, which importing MONAI does, is refused all the same.
+
     Args:
         path: a `.pt` file.
 
@@ -50,21 +53,28 @@ def load_torch_file(path: str | os.PathLike) -> dict:
         what the file holds, on the CPU.
 
     Raises:
+        OSError: for a file that cannot be opened.
         ValueError: for a truncated or foreign file, and for one that wants any other Python object; names it.
     """
-    try:
-        with torch.serialization.safe_globals(STAND_INS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise ValueError(f"{path} is not a PyTorch checkpoint or is damaged: download it again") from error
-        raise ValueError(
-            f"{path} wants the Python object {refused.group(1)}, which could run code, and is refused: only tensors "
-            "and plain values are read; ask its author for a file that holds nothing else"
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: download it again") from error
+    allowed_elsewhere = torch.serialization.get_safe_globals()
+    with open(path, "rb") as file:
+        torch.serialization.clear_safe_globals()
+        try:
+            with torch.serialization.safe_globals(STAND_INS):
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # bytes that are no checkpoint fail anywhere in the reader, in any way
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            if refused is None:
+                raise ValueError(
+                    f"{path} is not a PyTorch checkpoint, or is truncated or a Git LFS pointer: download it again, "
+                    "in a clone by `git lfs pull`"
+                ) from error
+            raise ValueError(
+                f"{path} wants the Python object {refused.group(1)}, which could run code, and is refused: only "
+                "tensors and plain values are read; ask its author for a file that holds nothing else"
+            ) from error
+        finally:
+            torch.serialization.add_safe_globals(allowed_elsewhere)
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"{path} holds a {type(checkpoint).__name__}, not a dictionary of weights: give a MAISI checkpoint"
