@@ -192,7 +192,8 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["MaisiVaeBlock3D"]
-    _repeated_blocks = ["MaisiVaeResnetBlock3D"]
+    # Whole halves: the channels differ in every block, and a compiled block is recompiled for each, up to a limit.
+    _repeated_blocks = ["MaisiEncoder3D", "MaisiDecoder3D"]
     _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out", "quant_conv"]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
 

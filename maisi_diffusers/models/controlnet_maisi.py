@@ -69,6 +69,8 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
     _no_split_modules = ["MaisiDownBlock3D", "MaisiMidBlock3D"]
     _repeated_blocks = ["MaisiAttentionBlock3D"]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding"]
+    # `embed_condition` runs it without `forward`.
+    _group_offload_block_modules = ["controlnet_cond_embedding"]
 
     @register_to_config
     def __init__(
@@ -189,12 +191,13 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
             conditioning_embedding_out_channels=conditioning_embedding_out_channels,
         )
         if load_weights_from_unet:
-            weights = {}
-            for name, own in controlnet.state_dict().items():
-                source = unet.state_dict().get(name)
-                if source is not None:
-                    weights[name] = source[:, : own.shape[1]] if name.endswith("time_emb_proj.weight") else source
-            controlnet.load_state_dict(weights, strict=False)
+            source, weights = unet.state_dict(), controlnet.state_dict()
+            for name, own in weights.items():
+                if name.endswith("time_emb_proj.weight"):
+                    weights[name] = source[name][:, : own.shape[1]]
+                elif not name.startswith("controlnet_"):
+                    weights[name] = source[name]
+            controlnet.load_state_dict(weights)
         return controlnet.to(device=unet.device, dtype=unet.dtype)
 
     @apply_forward_hook

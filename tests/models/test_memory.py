@@ -1,0 +1,190 @@
+"""Ways to need less memory: recomputing activations, casting layer by layer, weights on the disk."""
+
+import pytest
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from torch import nn
+
+from maisi_diffusers.models import AutoencoderKLMaisi, MaisiControlNetModel
+
+from .networks import DENOISERS, KINDS, VAES, build, deviation, inputs, output, with_dtype
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+# Gradient checkpointing
+
+
+def loss_and_gradients(model, arguments):
+    """Also the bytes that autograd kept for the backward pass, parameters aside."""
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = output(model, arguments).square().mean()
+    loss.backward()
+    return loss, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, sum(kept.values())
+
+
+def test_gradient_checkpointing(kind):
+    model, arguments = build(kind).train(), inputs(kind)
+    loss, gradients, kept = loss_and_gradients(model, arguments)
+
+    model.enable_gradient_checkpointing()
+    assert model.is_gradient_checkpointing
+    recomputed_loss, recomputed, kept_by_recomputing = loss_and_gradients(model, arguments)
+    assert torch.equal(recomputed_loss, loss)
+    for name, gradient in gradients.items():
+        assert gradient.any() and deviation(recomputed[name], gradient) < 1e-6, name
+    assert kept_by_recomputing < 0.5 * kept
+
+    model.disable_gradient_checkpointing()
+    assert not model.is_gradient_checkpointing
+    assert loss_and_gradients(model, arguments)[2] == kept
+
+
+def test_every_layer_is_checkpointed(kind):
+    model, called = build(kind), []
+
+    def spy(layer, *args):
+        called.append(layer)
+        return layer(*args)
+
+    model.enable_gradient_checkpointing(spy)
+    output(model, inputs(kind))
+    layers = {
+        layer
+        for name, block in model.named_modules()
+        if type(block).__name__ in model._no_split_modules
+        for layer in block.children()
+    }
+    layers = {part for layer in layers for part in (layer if isinstance(layer, nn.ModuleList) else [layer])}
+    if kind == "controlnet":
+        layers.add(model.controlnet_cond_embedding)
+    assert set(called) == layers and len(called) == len(layers)
+
+    called.clear()
+    with torch.no_grad():
+        output(model, inputs(kind))
+    assert not called
+
+
+# Casting layer by layer
+
+FULL_PRECISION = {
+    "rflow unet": ["time_embedding", "class_embedding", "spacing_embedding"],
+    "ddpm unet": ["time_embedding", "top_region_embedding", "bottom_region_embedding", "spacing_embedding"],
+    "mask unet": ["time_embedding"],
+    "controlnet": ["time_embedding", "class_embedding"],
+    "image vae": ["encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out", "quant_conv"],
+}
+FULL_PRECISION["image vae"] += ["post_quant_conv"]
+FULL_PRECISION["mask vae"] = FULL_PRECISION["image vae"]
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layerwise_casting(kind, compute_dtype):
+    model, arguments = build(kind).to(compute_dtype), with_dtype(inputs(kind), compute_dtype)
+    expected = output(model, arguments)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype)
+    assert model.dtype == compute_dtype
+
+    for _ in range(2):
+        result = output(model, arguments)
+        assert result.dtype == compute_dtype
+        assert 0 < deviation(result.float(), expected.float()) < 0.2
+        for name, module in model.named_modules():
+            kept = isinstance(module, nn.GroupNorm | nn.LayerNorm)
+            kept = kept or any(name == part or name.startswith(f"{part}.") for part in FULL_PRECISION[kind])
+            for parameter in module.parameters(recurse=False):
+                assert parameter.dtype == (compute_dtype if kept else torch.float8_e4m3fn), name
+
+
+# Weights elsewhere
+
+
+def parts(kind, model):
+    """Everything public that a network computes, also by other ways than `forward`."""
+    arguments = inputs(kind)
+    if isinstance(model, AutoencoderKLMaisi):
+        latent = model.encode(arguments["sample"]).latent_dist.mode()
+        return [latent, model.decode(latent).sample, output(model, arguments)]
+    if isinstance(model, MaisiControlNetModel):
+        return [model.embed_condition(arguments["controlnet_cond"]), output(model, arguments)]
+    return [output(model, arguments)]
+
+
+def assert_same_parts(kind, model, expected):
+    for _ in range(2):
+        for one, other in zip(parts(kind, model), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def split_blocks(model, device_map):
+    """Entries of a device map that lie inside a block that must stay in one piece."""
+    blocks = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+    return [entry for entry in device_map if any(entry.startswith(f"{block}.") for block in blocks)]
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("part", [0.5, 0.7, 0.9])
+def test_dispatch_to_cpu_and_disk(kind, part, tmp_path):
+    model = build(kind)
+    expected = parts(kind, model)
+    memory = {"cpu": int(part * model.get_memory_footprint())}
+    device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+    assert set(device_map.values()) == {"cpu", "disk"}
+    assert not split_blocks(model, device_map)
+
+    model = dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert_same_parts(kind, model, expected)
+
+
+def test_blocks_would_be_split_otherwise(kind):
+    model = build(kind)
+    memories = [{"cpu": int(part * model.get_memory_footprint())} for part in (0.5, 0.7, 0.9)]
+    assert any(split_blocks(model, infer_auto_device_map(model, memory)) for memory in memories)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_load_to_cpu_and_disk(kind, tmp_path):
+    model = build(kind)
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": model.get_memory_footprint() // 2},
+        offload_folder=tmp_path / "offload",
+    )
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    assert_same_parts(kind, loaded, parts(kind, model))
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offload(kind, offload_type, tmp_path):
+    model = build(kind)
+    expected = parts(kind, model)
+    model.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type=offload_type,
+        num_blocks_per_group=1,
+        offload_to_disk_path=str(tmp_path),
+    )
+    assert_same_parts(kind, model, expected)
+
+
+def test_networks_here_are_all_of_them():
+    assert {*DENOISERS, *VAES} == set(KINDS) == set(FULL_PRECISION)
