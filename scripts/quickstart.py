@@ -22,7 +22,7 @@ from maisi_diffusers import (
     MaisiRFlowScheduler,
     MaisiUNet3DConditionModel,
 )
-from maisi_diffusers.anatomy import label_index
+from maisi_diffusers.anatomy import BODY, label_index
 from maisi_diffusers.imaging import labels_to_nifti, save_preview
 
 SIZE, SPACING = (96, 96, 96), (4.0, 4.0, 4.0)
@@ -88,7 +88,7 @@ def main() -> None:
     out.images[0].to_filename(args.output / "ct.nii.gz")
     out.labels[0].to_filename(args.output / "labels.nii.gz")
     title = "random weights: noise in the shape of a body, no CT"
-    save_preview(args.output / "preview.png", out.images[0], out.labels[0], title=title)
+    save_preview(args.output / "preview.png", out.images[0], out.labels[0], hidden_labels=(BODY,), title=title)
     print(f"The model's weights are random, so this is noise in the shape of a body: {args.output / 'preview.png'}")
 
 

@@ -1,8 +1,8 @@
-"""What MAISI knows of anatomy: labels, regions, modalities, tumors, and the outline of the body."""
+"""What MAISI knows of anatomy: labels, regions, tumors, and the outline of the body."""
 
 from .bits import label_bits
 from .body import add_body_label
-from .modality import MODALITIES, is_ct, modality_code
+from .label_map import load_label_map
 from .regions import REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
 from .totalsegmentator import TOTALSEGMENTATOR_CLASSES, TOTALSEGMENTATOR_TO_MAISI, totalsegmentator_to_maisi
 from .tumors import remove_tumors
@@ -28,18 +28,16 @@ __all__ = [
     "LABELS",
     "LUNG_LOBES",
     "MASK_VAE_LABELS",
-    "MODALITIES",
     "REGIONS",
     "TOTALSEGMENTATOR_CLASSES",
     "TOTALSEGMENTATOR_TO_MAISI",
     "TUMORS",
     "add_body_label",
-    "is_ct",
     "label_bits",
     "label_index",
     "label_name",
     "labels_present",
-    "modality_code",
+    "load_label_map",
     "one_hot",
     "region_of_word",
     "regions_from_labels",

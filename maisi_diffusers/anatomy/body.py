@@ -57,8 +57,8 @@ def add_body_label(labels: nib.Nifti1Image, ct: nib.Nifti1Image | None = None) -
     Example:
 
     ```py
-    >>> from maisi_diffusers.anatomy import add_body_label
-    >>> from maisi_diffusers.imaging import load_label_map, load_volume
+    >>> from maisi_diffusers.anatomy import add_body_label, load_label_map
+    >>> from maisi_diffusers.imaging import load_volume
 
     >>> labels = load_label_map("segmentation.nii.gz", vocabulary="totalsegmentator")
     >>> labels = add_body_label(labels, ct=load_volume("ct.nii.gz"))

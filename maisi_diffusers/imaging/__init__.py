@@ -1,7 +1,8 @@
 """NIfTI in and out, grids and orientation, intensities."""
 
 from .intensity import background_value, from_hu, to_hu
-from .nifti import ct_to_nifti, labels_to_nifti, load_label_map, load_volume
+from .modality import MODALITIES, is_ct, modality_code
+from .nifti import ct_to_nifti, labels_to_nifti, load_volume
 from .preview import save_preview
 from .resample import (
     resample_like,
@@ -12,12 +13,14 @@ from .resample import (
 )
 
 __all__ = [
+    "MODALITIES",
     "background_value",
     "ct_to_nifti",
     "from_hu",
+    "is_ct",
     "labels_to_nifti",
-    "load_label_map",
     "load_volume",
+    "modality_code",
     "resample_like",
     "resample_to_grid",
     "save_preview",

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from ..anatomy.modality import is_ct
+from .modality import is_ct
 
 Intensities = TypeVar("Intensities", np.ndarray, torch.Tensor)
 

@@ -9,7 +9,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from ..anatomy.vocabulary import BODY
 from .resample import spacing_of, to_ras
 
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
@@ -21,6 +20,7 @@ def save_preview(
     path: str | os.PathLike,
     image: nib.Nifti1Image,
     labels: nib.Nifti1Image | None = None,
+    hidden_labels: tuple[int, ...] = (),
     window: tuple[float, float] = WINDOW,
     title: str | None = None,
 ) -> None:
@@ -30,7 +30,8 @@ def save_preview(
     Args:
         path: of the PNG; written under a temporary name and renamed.
         image: (X, Y, Z), HU or any intensity; shown in RAS+, the patient's right on the left.
-        labels: label map on the same grid; every label gets a colour of its own, 0 and the body none.
+        labels: label map on the same grid; every label gets a colour of its own, 0 none.
+        hidden_labels: labels that get none either, such as the body.
         window: intensities that are black and white.
         title: a line above the planes.
     """
@@ -50,7 +51,7 @@ def save_preview(
             panel.imshow(_middle(intensities, axis), cmap="gray", vmin=window[0], vmax=window[1], **show)
             if overlay is not None:
                 cut = _middle(overlay, axis)
-                shown = np.ma.masked_where((cut == 0) | (cut == BODY), cut)
+                shown = np.ma.masked_where(np.isin(cut, (0, *hidden_labels)), cut)
                 panel.imshow(shown, cmap=colours, vmin=0, vmax=255, alpha=0.5, **show)
             panel.set_title(plane, fontsize=9)
             panel.set_axis_off()

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from maisi_diffusers.anatomy import add_body_label
-from maisi_diffusers.imaging import load_label_map, load_volume
+from maisi_diffusers.anatomy import add_body_label, load_label_map
+from maisi_diffusers.imaging import load_volume
 
 SIZE, SPACING = (120, 100, 24), (2.0, 2.5, 5.0)
 AFFINE = np.diag([*SPACING, 1.0])

@@ -120,6 +120,7 @@ def test_repeated_blocks(kind):
         output(model, arguments)
 
 
+@pytest.mark.slow
 def test_repeated_blocks_of_all_networks():
     """In one process, where the graphs of all networks and sizes count together; too many raise an error."""
     models = {kind: build(kind, **PUBLISHED_LEVELS[kind]) for kind in PIPELINE}

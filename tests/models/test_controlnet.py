@@ -25,8 +25,15 @@ COPIED_SETTINGS = {
 
 @pytest.fixture(params=IMAGE_UNETS)
 def unet(request):
-    # The levels differ, so that weights can't be taken from the wrong one.
-    unet = build(request.param, block_out_channels=(64, 96), layers_per_block=(1, 2))
+    # Nothing is the default, and the levels differ, so that nothing can be taken from elsewhere.
+    unet = build(
+        request.param,
+        block_out_channels=(64, 96),
+        layers_per_block=(1, 2),
+        attention_head_dim=(32, 16),
+        norm_num_groups=16,
+        norm_eps=1e-4,
+    )
     unet.kind = request.param
     return unet
 

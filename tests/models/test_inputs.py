@@ -59,7 +59,7 @@ def test_timesteps_are_embedded_in_float32(kind):
     model, seen = build(kind).bfloat16(), []
     model.time_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     arguments = with_dtype(inputs(kind), torch.bfloat16)
-    for timestep in (torch.tensor([869.0, 870.5]), 869.0, 870.5):
+    for timestep in (torch.tensor([869.0, 869.5]), 869.0, 869.5):
         output(model, arguments | {"timestep": timestep})
     assert all(embedding.dtype == torch.bfloat16 for embedding in seen)
     assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[2][0])

@@ -125,7 +125,8 @@ def test_mask_unet(pair):
 
 def assert_gradients_close(network, reference_network, dtype: torch.dtype) -> None:
     """
-    In float32 the rounding of the network's largest gradient hides what is small; in float64 every gradient counts.
+    In float32 the rounding of the network's largest gradient hides what is small; in float64 every gradient counts, to
+    the float32 that the sinusoids of the timestep are computed in on both sides.
     """
     references = {name: parameter.grad for name, parameter in reference_network.named_parameters()}
     largest = max(grad.abs().max() for grad in references.values() if grad is not None)
@@ -133,7 +134,7 @@ def assert_gradients_close(network, reference_network, dtype: torch.dtype) -> No
         reference = references[unet_source_keys(name)[0]]
         assert (parameter.grad is None) == (reference is None), name
         if reference is not None:
-            bound = TOLERANCE * largest if dtype == torch.float32 else 1e-8 * reference.abs().max() + 1e-12 * largest
+            bound = TOLERANCE * largest if dtype == torch.float32 else 1e-6 * reference.abs().max() + 1e-8 * largest
             difference = (parameter.grad - reference).abs().max()
             assert difference <= bound, f"{name}: {difference:.2e} with a largest gradient of {largest:.2e}"
 

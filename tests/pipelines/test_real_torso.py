@@ -4,7 +4,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from maisi_diffusers.imaging import load_label_map, resample_like, spacing_of
+from maisi_diffusers.anatomy import load_label_map
+from maisi_diffusers.imaging import resample_like, spacing_of
 from tests.tiny import MULTIPLE, make_pipeline, seeded
 
 FIVE_ML = 5000.0

@@ -4,9 +4,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from maisi_diffusers.anatomy import add_body_label, label_index, labels_present
+from maisi_diffusers.anatomy import add_body_label, label_index, labels_present, load_label_map
 from maisi_diffusers.imaging import (
-    load_label_map,
     load_volume,
     resample_like,
     resample_to_grid,

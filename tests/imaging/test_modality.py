@@ -1,6 +1,6 @@
 import pytest
 
-from maisi_diffusers.anatomy import MODALITIES, is_ct, modality_code
+from maisi_diffusers.imaging import MODALITIES, is_ct, modality_code
 
 
 @pytest.mark.parametrize(
