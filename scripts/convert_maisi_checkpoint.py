@@ -92,7 +92,7 @@ def main(input_args: list[str] | None = None) -> None:
     """Convert, or say in one line on stderr why not and exit with code 1."""
     try:
         convert(parse_args(input_args))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 

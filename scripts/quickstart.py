@@ -73,6 +73,10 @@ def main() -> None:
     parser.add_argument("--mask", type=Path, help="a label map of your own, in MAISI's vocabulary")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.mask is not None and not args.mask.is_file():
+        sys.exit(f"there is no file {args.mask}: give a label map as .nii or .nii.gz with --mask")
+    if args.output.is_file():
+        sys.exit(f"{args.output} is a file: name a folder with --output")
     if args.output.exists() and any(args.output.iterdir()):
         sys.exit(f"{args.output} exists and is not empty: name another folder with --output")
     args.output.mkdir(parents=True, exist_ok=True)

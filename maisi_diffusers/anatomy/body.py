@@ -14,7 +14,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 
 from ..imaging.resample import resample_like, spacing_of
-from .vocabulary import BODY, LUNG_LOBES
+from .vocabulary import BODY, LABELS, LUNG_LOBES
 
 AIR_HU = -800.0
 """Voxels below this are air, as in the published envelope."""
@@ -27,6 +27,12 @@ TABLE_MM = 5.0
 
 AIR_SHARE = 0.05
 """Share of the body above which one pocket of unlabelled air is not the patient's, as in the published envelope."""
+
+AIRY = (*LUNG_LOBES, LABELS["lung tumor"], LABELS["trachea"], LABELS["airway"], LABELS["colon"], LABELS["stomach"])
+"""Labels that air is expected in."""
+
+LABELLED_AIR_SHARE = 0.05
+"""Share of the other labelled voxels that may be air in a CT that belongs to the label map."""
 
 MARGIN_MM = 15.0
 """Guessed thickness of fat and skin over the outermost organs, where there is no CT to see it in."""
@@ -52,7 +58,8 @@ def add_body_label(labels: nib.Nifti1Image, ct: nib.Nifti1Image | None = None) -
         ValueError: if the CT shows no tissue on the label map's grid.
 
     Warns:
-        UserWarning: without a CT, that the outline is a guess.
+        UserWarning: without a CT, that the outline is a guess; with one, that it has no air or shows air where organs
+            are labelled, and so is another one or not in HU.
 
     Example:
 
@@ -85,11 +92,31 @@ def add_body_label(labels: nib.Nifti1Image, ct: nib.Nifti1Image | None = None) -
     else:
         if ct.shape != labels.shape or not np.allclose(ct.affine, labels.affine, atol=1e-3):
             ct = resample_like(ct, labels, order=1, fill=-1000.0)
-        body = _envelope(planes, np.moveaxis(np.asanyarray(ct.dataobj), axial, 2), spacing)
+        hu = np.moveaxis(np.asanyarray(ct.dataobj), axial, 2)
+        _warn_of_another_ct(planes, hu)
+        body = _envelope(planes, hu, spacing)
 
     out = data.copy()
     np.moveaxis(out, axial, 2)[body & (planes == 0)] = BODY
     return type(labels)(out, labels.affine, labels.header)
+
+
+def _warn_of_another_ct(labels: np.ndarray, hu: np.ndarray) -> None:
+    if not (hu < AIR_HU).any():
+        warnings.warn(
+            f"The CT has no air, no voxel below {AIR_HU:g} HU, so that all of it is body: check that it is in HU.",
+            UserWarning,
+            stacklevel=3,
+        )
+    solid = (labels > 0) & ~np.isin(labels, AIRY)
+    share = np.count_nonzero(hu[solid] < AIR_HU) / max(np.count_nonzero(solid), 1)
+    if share > LABELLED_AIR_SHARE:
+        warnings.warn(
+            f"{share:.0%} of the labelled voxels outside the lungs are air in the CT: check that it is the one the "
+            "label map was drawn on, and covers it.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _envelope(labels: np.ndarray, hu: np.ndarray, spacing: list[float]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Label maps in, in MAISI's vocabulary."""
 
+import warnings
 from collections.abc import Iterable
 from os import PathLike
 
@@ -9,6 +10,9 @@ import numpy as np
 from ..imaging.nifti import load_volume
 from .totalsegmentator import totalsegmentator_to_maisi
 from .vocabulary import LABELS, labels_present
+
+# Dummies of MAISI; right kidney, small bowel and colon in TotalSegmentator's `total`.
+TOTALSEGMENTATOR_MARKS = {2, 18, 20}
 
 
 def load_label_map(source: str | PathLike | nib.Nifti1Image, vocabulary: str = "maisi") -> nib.Nifti1Image:
@@ -51,6 +55,13 @@ def load_label_map(source: str | PathLike | nib.Nifti1Image, vocabulary: str = "
         raise ValueError(
             f"{name} holds labels {_some(sorted(unknown))}, which MAISI's vocabulary does not have (it has 1 to 132, "
             "and 200 for body); relabel them, to 200 if in doubt."
+        )
+    if vocabulary == "maisi" and TOTALSEGMENTATOR_MARKS <= set(labels_present(labels)):
+        warnings.warn(
+            f"{name} holds labels {sorted(TOTALSEGMENTATOR_MARKS)}, which are free in MAISI's vocabulary, but kidney "
+            "and bowels in TotalSegmentator's; if it is from there, read it as 'totalsegmentator'.",
+            UserWarning,
+            stacklevel=2,
         )
     header = image.header.copy()
     header.set_data_dtype(np.uint8)

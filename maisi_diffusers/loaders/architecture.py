@@ -1,5 +1,6 @@
 """The architecture of a published model: from its own network configuration, or as released."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ MASK_NETWORKS = {
         "cross_attention_dim": 10,
         "upcast_attention": True,
     },
+    "mask_latent_size": [64, 64, 64],
     "mask_scheduler": {
         "num_train_timesteps": 1000,
         "beta_start": 0.0015,
@@ -50,7 +52,6 @@ RELEASED = {
 # Fields of the published schema that change no number here: how MONAI spends memory, and names we know already.
 WITHOUT_EFFECT = {
     "_target_",
-    "spatial_dims",
     "use_flash_attention",
     "use_checkpointing",
     "norm_float16",
@@ -65,6 +66,7 @@ UNSUPPORTED_UNLESS = {
     "with_decoder_nonlocal_attn": False,
     "use_combined_linear": False,
     "dropout_cattn": 0.0,
+    "spatial_dims": 3,
     "prediction_type": "epsilon",
     "variance_type": "fixed_small",
 }
@@ -140,9 +142,9 @@ SECTIONS = {
 }
 
 
-def read_architecture(folder: Path, kind: str) -> dict[str, dict]:
+def read_architecture(folder: Path, kind: str) -> dict[str, dict | list[int]]:
     """
-    The configuration of every component, by its name in the pipeline.
+    The configuration of every component, by its name in the pipeline, and `mask_latent_size`.
 
     Args:
         folder: the checkpoint's folder; `configs/config_network_{kind}.json` in it wins over the released one.
@@ -152,7 +154,7 @@ def read_architecture(folder: Path, kind: str) -> dict[str, dict]:
         ValueError: for a file that is not JSON, a field that is not known or an option that is not supported; names
             file and field.
     """
-    architecture = {name: dict(config) for name, config in RELEASED[kind].items()}
+    architecture = copy.deepcopy(RELEASED[kind])
     path = folder / "configs" / f"config_network_{kind}.json"
     if not path.is_file():
         return architecture
@@ -166,6 +168,8 @@ def read_architecture(folder: Path, kind: str) -> dict[str, dict]:
     for name, section in SECTIONS.items():
         if section not in published:
             continue
+        if not isinstance(published[section], dict):
+            raise ValueError(f"{path}: {section} is no object of fields: download the file again")
         fields = _resolve_references(published[section], published, path)
         if name.endswith("scheduler"):
             architecture[name] = _scheduler_config(fields, kind if name == "scheduler" else "ddpm", path)
@@ -173,8 +177,9 @@ def read_architecture(folder: Path, kind: str) -> dict[str, dict]:
             architecture[name] = _vae_config(fields, path)
         else:
             architecture[name] = _unet_config(fields, name, path)
-    if "mask_vae" in architecture:
-        architecture["mask_vae"]["scaling_factor"] = published.get("mask_generation_scale_factor", MASK_SCALING_FACTOR)
+    architecture["mask_vae"]["scaling_factor"] = published.get("mask_generation_scale_factor", MASK_SCALING_FACTOR)
+    if "mask_generation_latent_shape" in published:
+        architecture["mask_latent_size"] = published["mask_generation_latent_shape"][1:]  # without the channels
     return architecture
 
 

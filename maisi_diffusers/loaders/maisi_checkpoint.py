@@ -88,7 +88,7 @@ def load_maisi_checkpoint(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
-) -> dict[str, ModelMixin | MaisiRFlowScheduler | DDPMScheduler]:
+) -> dict[str, ModelMixin | MaisiRFlowScheduler | DDPMScheduler | list[int]]:
     """
     Read a published model into the components of [`MaisiCTPipeline`].
 
@@ -105,7 +105,8 @@ def load_maisi_checkpoint(
         local_files_only: read what was downloaded before and do not ask the Hub.
 
     Returns:
-        components by name; ControlNet and mask networks where the source has their files.
+        components by name; ControlNet and mask networks where the source has their files, the latter with the
+        `mask_latent_size` they were trained for.
 
     Raises:
         FileNotFoundError: a source or a required file that is not there, or a Hub that cannot be reached.
@@ -151,6 +152,7 @@ def load_maisi_checkpoint(
             {**architecture["mask_vae"], "scaling_factor": scaling_factor}, paths["mask_vae"], strict, torch_dtype
         )
         components["mask_scheduler"] = DDPMScheduler(**architecture["mask_scheduler"])
+        components["mask_latent_size"] = architecture["mask_latent_size"]
     return components
 
 
@@ -210,7 +212,11 @@ def _read_unet(
         )
     if isinstance(scaling_factor, torch.Tensor):
         scaling_factor = scaling_factor.squeeze().tolist()
-    if not isinstance(scaling_factor, (int, float)) or not 0 < scaling_factor < math.inf:
+    if (
+        isinstance(scaling_factor, bool)
+        or not isinstance(scaling_factor, (int, float))
+        or not 0 < scaling_factor < math.inf
+    ):
         raise ValueError(
             f"{path}: 'scale_factor' is {scaling_factor!r}, not a positive number: give the released file"
         )
@@ -270,6 +276,11 @@ def _fill(
                 if not isinstance(weights[key], torch.Tensor):
                     raise ValueError(
                         f"{path}: {key} is a {type(weights[key]).__name__}, not a tensor: give the released file"
+                    )
+                if not weights[key].is_floating_point() or not weights[key].isfinite().all():
+                    raise ValueError(
+                        f"{path}: {key} holds {weights[key].dtype} or values that are not finite: "
+                        "give the released file"
                     )
                 if weights[key].shape != shape:
                     raise ValueError(

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -246,14 +247,14 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
             tile_overlap: part of a tile shared with its neighbour, 0 to less than 1. 0.25 at first.
         """
         if tile_sample_size is not None:
-            sizes = (tile_sample_size,) * 3 if isinstance(tile_sample_size, int) else tuple(tile_sample_size)
+            sizes = (tile_sample_size,) * 3 if isinstance(tile_sample_size, Real) else tuple(tile_sample_size)
             ratio = self.spatial_compression_ratio
             if len(sizes) != 3 or any(size <= 0 or size % ratio for size in sizes):
                 raise ValueError(
                     f"tile_sample_size={tile_sample_size} is not allowed: give positive multiples of {ratio} voxels, "
                     "one number or three"
                 )
-            self.tile_sample_size = sizes
+            self.tile_sample_size = tuple(int(size) for size in sizes)
         if tile_overlap is not None:
             if not 0 <= tile_overlap < 1:
                 raise ValueError(f"tile_overlap={tile_overlap} is not allowed: give a part from 0 to less than 1")

@@ -104,7 +104,11 @@ def get_attention(
     upcast_attention: bool,
 ) -> nn.Module:
     """Attention after a resnet block: a spatial transformer where there is a context, else plain self-attention."""
-    heads = dim // head_dim
+    heads, rest = divmod(dim, head_dim)
+    if rest:
+        raise ValueError(
+            f"attention_head_dim={head_dim} does not divide the {dim} channels of its level: use one that does"
+        )
     if cross_attention_dim is None:
         return MaisiAttentionBlock3D(dim, heads, norm_num_groups, norm_eps, out_proj)
     return MaisiTransformer3D(

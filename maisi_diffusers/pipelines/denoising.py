@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,17 +38,24 @@ def check_sampling(
             "'flow_prediction' take MaisiRFlowScheduler, or FlowMatchEuler, FlowMatchHeun, UniPC or DPM-Solver by "
             "`from_config(pipe.scheduler.config)` of it; for 'epsilon' DDPMScheduler"
         )
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"num_images={batch_size} is not allowed: give a whole number of at least 1")
     steps = scheduler.config.num_train_timesteps
-    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= steps:
+    if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= steps:
         raise ValueError(
             f"num_inference_steps={num_inference_steps} is not allowed: give a whole number from 1 to {steps}"
+        )
+    generators = generator if isinstance(generator, list) else [generator]
+    if any(not isinstance(one, (torch.Generator, type(None))) for one in generators):
+        raise ValueError(
+            f"generator={generator!r} is not allowed: give torch.Generator().manual_seed(seed), or a list"
         )
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(
             f"{len(generator)} generators were given for {batch_size} image(s): give one, or one an image"
         )
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        raise ValueError(f"latents is a {type(latents).__name__}: give a tensor of shape {latent_shape}")
     if latents is not None and tuple(latents.shape) != latent_shape:
         raise ValueError(f"latents of shape {tuple(latents.shape)} do not fit: this call needs {latent_shape}")
     if output_type not in OUTPUT_TYPES:
@@ -99,19 +107,21 @@ def denoise(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
 
+    # DDPM and rectified flow scale nothing; solvers of diffusers that count in sigmas do.
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     timesteps = scheduler.timesteps
     pipeline._num_timesteps = len(timesteps)
     with pipeline.progress_bar(total=len(timesteps)) as progress_bar:
         for i, t in enumerate(timesteps):
             if pipeline.interrupt:
                 break
-            pipeline._current_timestep = t
-            model_output = sign * predict(latents, model_timesteps[i]).float()
+            model_input = scale_model_input(latents, t)
+            model_output = sign * predict(model_input, model_timesteps[i]).float()
             latents = scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
 
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = callback_on_step_end(pipeline, i, t, tensors).pop("latents", latents)
             progress_bar.update()
-    pipeline._current_timestep = None
     return latents

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import numpy as np
+
 # Published for CT (MAISI's input check): x = y, and a field of view that holds a body.
 CT_RULES = {
     "sizes": [[xy, xy, z] for xy in (256, 384, 512) for z in (128, 256, 384, 512, 640, 768)],
@@ -37,7 +39,7 @@ def check_size_and_spacing(size: Sequence[int] | None, spacing: Sequence[float] 
 
 def _is_triple(values: Sequence, kind: type) -> bool:
     return (
-        isinstance(values, Sequence)
+        isinstance(values, (Sequence, np.ndarray))
         and len(values) == 3
         and all(isinstance(value, kind) and math.isfinite(value) and value > 0 for value in values)
     )
@@ -102,13 +104,11 @@ def nearest_grid(
     Returns:
         size and spacing. Where the rules want X and Y equal, the larger field of view serves both.
     """
-    fov = [s * mm for s, mm in zip(size, spacing)]
+    fov = _needed_fov(size, spacing, rules)
     if rules is None:
         grid = tuple(round_to_multiple(s, multiple) for s in size)
         return grid, tuple(mm / s for mm, s in zip(fov, grid))
 
-    if rules["equal_xy_spacing"]:
-        fov[0] = fov[1] = max(fov[0], fov[1], rules["min_fov_xy"])
     candidates = []
     for grid in rules["sizes"]:
         mm = [
@@ -132,7 +132,8 @@ def fit_grid(
     rules: dict | None,
 ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
     """
-    The grid for a volume, of which the user gave size, spacing, both or neither: what is left keeps the field of view.
+    The grid for a volume, of which the user gave size, spacing, both or neither: what is left keeps the
+    field of view, or enlarges it.
 
     Args:
         size: voxels of the volume along X, Y, Z.
@@ -142,11 +143,24 @@ def fit_grid(
         multiple: what VAE and UNet downsample by.
         rules: the model's own rules, or `None`.
     """
-    fov = [s * mm for s, mm in zip(size, spacing)]
     if output_size is None and output_spacing is None:
         return nearest_grid(size, spacing, multiple, rules)
+    fov = _needed_fov(size, spacing, rules)
     if output_spacing is None:
         output_spacing = [mm / s for mm, s in zip(fov, output_size)]
     elif output_size is None:
-        output_size = [round_to_multiple(mm / s, multiple) for mm, s in zip(fov, output_spacing)]
-    return tuple(output_size), tuple(output_spacing)
+        needed = [mm / s for mm, s in zip(fov, output_spacing)]
+        output_size = [math.ceil(s / multiple - 1e-6) * multiple for s in needed]
+        if rules is not None:
+            # Of the sizes that hold it the smallest, or else the largest there is.
+            fits = [grid for grid in rules["sizes"] if all(a >= b - 1e-6 for a, b in zip(grid, needed))]
+            output_size = min(fits, key=math.prod) if fits else max(rules["sizes"], key=math.prod)
+    return tuple(int(s) for s in output_size), tuple(float(mm) for mm in output_spacing)
+
+
+def _needed_fov(size: tuple[int, int, int], spacing: tuple[float, float, float], rules: dict | None) -> list[float]:
+    """Field of view in mm along X, Y, Z that holds a volume; X and Y equal, and large enough, where rules want it."""
+    fov = [s * mm for s, mm in zip(size, spacing)]
+    if rules is not None and rules["equal_xy_spacing"]:
+        fov[0] = fov[1] = max(fov[0], fov[1], rules["min_fov_xy"])
+    return fov

@@ -1,8 +1,10 @@
 """CT and MR volumes from label maps, from anatomy sizes, or from nothing but a region."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import Self
 
 import nibabel as nib
@@ -27,6 +29,7 @@ from ..anatomy import (
 from ..imaging import (
     background_value,
     ct_to_nifti,
+    is_ct,
     labels_to_nifti,
     load_volume,
     modality_code,
@@ -190,7 +193,9 @@ class MaisiCTPipeline(DiffusionPipeline):
         image_only: bool,
         output_size: tuple[int, int, int] | None,
         spacing: tuple[float, float, float] | None,
+        modality: int,
         guidance_scale: float,
+        controlnet_conditioning_scale: float,
         output_type: str,
         restore_grid: bool,
     ) -> None:
@@ -225,7 +230,11 @@ class MaisiCTPipeline(DiffusionPipeline):
                 "this call has no label map and this model no mask database to look one up in: give mask=, "
                 "controllable_anatomy_size= or image_only=True"
             )
-        if (controllable_anatomy_size is not None or anatomy_size is not None) and self.mask_unet is None:
+        if (controllable_anatomy_size is not None or anatomy_size is not None) and None in (
+            self.mask_vae,
+            self.mask_unet,
+            self.mask_scheduler,
+        ):
             raise ValueError("this model has no mask networks and cannot make a label map: give mask= instead")
         if body_image is not None and mask is None:
             raise ValueError(
@@ -241,8 +250,20 @@ class MaisiCTPipeline(DiffusionPipeline):
                 "this model takes the body region, which without a label map only body_region can tell: "
                 "give e.g. body_region=['chest']"
             )
-        if guidance_scale < 0:
+        num_class_embeds = self.unet.config.num_class_embeds
+        if num_class_embeds is None and is_ct(modality) != is_ct(modality_code(self.config.modality)):
+            raise ValueError(
+                f"this model was trained for {self.config.modality!r} alone and cannot make modality code {modality}: "
+                "leave modality out"
+            )
+        if num_class_embeds is not None and modality >= num_class_embeds:
+            raise ValueError(f"this model has no modality code {modality}: it has 0 to {num_class_embeds - 1}")
+        if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"guidance_scale={guidance_scale} is not allowed: give 0 (off) or more")
+        if not isinstance(controlnet_conditioning_scale, Real) or not math.isfinite(controlnet_conditioning_scale):
+            raise ValueError(
+                f"controlnet_conditioning_scale={controlnet_conditioning_scale} is not allowed: give a number"
+            )
 
     def prepare_mask(
         self,
@@ -479,7 +500,9 @@ class MaisiCTPipeline(DiffusionPipeline):
             image_only,
             output_size,
             spacing,
+            modality,
             guidance_scale,
+            controlnet_conditioning_scale,
             output_type,
             restore_grid,
         )
@@ -564,9 +587,12 @@ class MaisiCTPipeline(DiffusionPipeline):
             if restore_grid:
                 own_grid = load_volume(mask)
                 air = background_value(modality)
-                images = [resample_like(image, own_grid, order=1, fill=air) for image in images]
-                images = [ct_to_nifti(np.asarray(image.dataobj), image.affine) for image in images]
                 labels = [resample_like(label_map, own_grid, order=0, fill=0) for label_map in labels]
+                images = [resample_like(image, own_grid, order=1, fill=air) for image in images]
+                images = [
+                    ct_to_nifti(np.where(label_map.dataobj, image.dataobj, air), image.affine)
+                    for image, label_map in zip(images, labels)
+                ]
             if labels is not None:
                 labels = [labels_to_nifti(np.asarray(label_map.dataobj), label_map.affine) for label_map in labels]
         else:

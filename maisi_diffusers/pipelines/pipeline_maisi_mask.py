@@ -37,7 +37,7 @@ def anatomy_size_vector(
         )
     if anatomy_size is None:
         for pair in controllable_anatomy_size:
-            if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], Real):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], Real):
                 raise ValueError(f"{pair!r} is not a pair of name and size: give pairs like ('liver', 0.5)")
         names = [name for name, _ in controllable_anatomy_size]
         for name in names:
@@ -56,8 +56,8 @@ def anatomy_size_vector(
             f"for {', '.join(CONTROLLABLE_ANATOMY)}"
         )
     for name, size in zip(CONTROLLABLE_ANATOMY, anatomy_size):
-        if size != ABSENT and not 0 <= size <= 1:
-            raise ValueError(f"the size {size} of {name!r} is not allowed: give 0 to 1, or -1 for absent")
+        if not isinstance(size, Real) or (size != ABSENT and not 0 <= size <= 1):
+            raise ValueError(f"the size {size!r} of {name!r} is not allowed: give 0 to 1, or -1 for absent")
     tumors = [name for name, size in zip(CONTROLLABLE_ANATOMY[5:], anatomy_size[5:]) if size != ABSENT]
     if len(tumors) > 1:
         raise ValueError(f"at most one tumor can be controlled, not {' and '.join(map(repr, tumors))}: choose one")

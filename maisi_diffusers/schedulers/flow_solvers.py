@@ -1,14 +1,19 @@
 """MAISI's rectified-flow models under the flow-matching solvers of diffusers."""
 
-import inspect
-
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .scheduling_maisi_rflow import MaisiRFlowScheduler
 
 FLOW_MATCH_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+# Others of diffusers know flow sigmas too, but fail at the last one, 0.
+MULTISTEP_SCHEDULERS = (UniPCMultistepScheduler, DPMSolverMultistepScheduler)
 # The multistep solvers take the logarithm of 1 - sigma.
 ALMOST_ONE = 1 - 1e-6
 
@@ -17,8 +22,8 @@ def integrates_flow(scheduler: SchedulerMixin) -> bool:
     """Whether a scheduler integrates a flow from noise to data; otherwise it removes predicted noise, as DDPM does."""
     if isinstance(scheduler, (MaisiRFlowScheduler, *FLOW_MATCH_SCHEDULERS)):
         return True
-    knows_flow = "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters
-    return knows_flow and scheduler.config.use_flow_sigmas and scheduler.config.prediction_type == "flow_prediction"
+    is_multistep = isinstance(scheduler, MULTISTEP_SCHEDULERS)
+    return is_multistep and scheduler.config.use_flow_sigmas and scheduler.config.prediction_type == "flow_prediction"
 
 
 def set_timesteps(

@@ -77,7 +77,7 @@ class MaisiRFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"{use_flow_sigmas} belong to another kind of model; use the scheduler the model was trained with"
             )
         # `from_config` of another solver skips what was left at its default; these have to reach it all the same.
-        self.register_to_config(_use_default_values=[])
+        self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32)
         self._step_index = None

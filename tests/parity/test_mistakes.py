@@ -138,16 +138,6 @@ def one_sided_padding_in_condition_embedding(pipe, monkeypatch):
             module.forward = lambda x, m=module: F.conv3d(F.pad(x, (0, 1) * 3), m.weight, m.bias, stride=2)
 
 
-def norm_eps(pipe, monkeypatch, component="unet", eps=1e-3):
-    for module in modules(getattr(pipe, component), nn.GroupNorm):
-        module.eps = eps
-
-
-def layer_norm_eps(pipe, monkeypatch):
-    for module in modules(pipe.mask_unet, nn.LayerNorm):
-        module.eps = 1e-3
-
-
 def sine_before_cosine(pipe, monkeypatch):
     for model in (pipe.unet, pipe.controlnet, pipe.mask_unet):
         model.time_proj.flip_sin_to_cos = False
@@ -232,8 +222,6 @@ MISTAKES = [
     (one_sided_padding_in_unet, "unet", "ddpm-ct"),
     (pooling_before_the_norm, "unet", "rflow-ct"),
     (one_sided_padding_in_condition_embedding, "controlnet"),
-    (norm_eps, "unet"),
-    (layer_norm_eps, "mask_unet"),
     (sine_before_cosine, "unet"),
     (sine_before_cosine, "controlnet"),
     (frequencies_to_the_last, "unet"),
@@ -261,6 +249,33 @@ def test_mistake_is_noticed(pair, mistake, call, monkeypatch):
     assert deviation(wrong, call) <= TOLERANCE
     mistake(wrong.pipe, monkeypatch)
     assert deviation(wrong, call) > NOTICED
+
+
+# A norm, another epsilon for it, and the layer before it by our name and by MONAI's.
+EPSILONS = [
+    ("unet", nn.GroupNorm, 1e-5, "conv_in", "conv_in"),
+    ("vae decoder", nn.GroupNorm, 1e-5, "decoder.conv_in", "decoder.blocks.0."),
+    ("mask_unet", nn.LayerNorm, 1e-6, "proj_in", "proj_in"),
+]
+
+
+@pytest.mark.parametrize("pair", VERSIONS, indirect=True)
+@pytest.mark.parametrize(("call", "norm", "eps", "own", "monai"), EPSILONS, ids=[call for call, *_ in EPSILONS])
+def test_another_epsilon_is_noticed(pair, call, norm, eps, own, monai):
+    """The usual one of the other kind of norm; it shows where the input hardly varies."""
+    quiet = copy.copy(pair)
+    quiet.monai = copy.deepcopy(pair.monai)
+    quiet.pipe = SimpleNamespace(**copy.deepcopy(pair.pipe.components))
+    name = call.partition(" ")[0]
+    network = getattr(quiet.pipe, name)
+    for part, model in ((own, network), (monai, quiet.monai[name])):
+        for key, parameter in model.named_parameters():
+            if part in key:
+                parameter.data *= 1e-3
+    assert deviation(quiet, call) <= TOLERANCE
+    for module in modules(network, norm):
+        module.eps = eps
+    assert deviation(quiet, call) > NOTICED
 
 
 MID = "mid_block.attentions.0"

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, DEISMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from maisi_diffusers.pipelines.input_rules import CT_RULES
 from tests.tiny import SIZE, SPACING, make_label_map, make_pipeline, seeded
@@ -25,9 +25,11 @@ def pipes():
         "no controlnet": make_pipeline("rflow-ct", with_mask_networks=False),
         "wrong scheduler": make_pipeline("rflow-ct"),
         "wrong flow": make_pipeline("ddpm-ct"),
+        "untested solver": make_pipeline("rflow-ct"),
     }
     pipes["published rules"].register_to_config(input_rules=CT_RULES)
     pipes["no controlnet"].controlnet = None
+    pipes["untested solver"].scheduler = DEISMultistepScheduler.from_config(pipes["rflow"].scheduler.config)
     pipes["wrong scheduler"].scheduler = DDPMScheduler.from_config(pipes["rflow"].scheduler.config)
     pipes["wrong flow"].scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipes["ddpm"].scheduler.config)
     return pipes
@@ -153,6 +155,22 @@ CASES = {
     "no images": ("rflow", IMAGE_ONLY | {"num_images": 0}, "num_images=0", "at least 1"),
     "no steps": ("rflow", IMAGE_ONLY | {"num_inference_steps": 0}, "num_inference_steps=0", "1 to 1000"),
     "too many steps": ("rflow", IMAGE_ONLY | {"num_inference_steps": 1001}, "1001", "1 to 1000"),
+    "guidance not a number": ("rflow", IMAGE_ONLY | {"guidance_scale": float("nan")}, "nan", "0 (off)"),
+    "conditioning scale": (
+        "rflow",
+        IMAGE_ONLY | {"controlnet_conditioning_scale": float("inf")},
+        "inf",
+        "give a number",
+    ),
+    "MR from a CT model": (
+        "ddpm",
+        IMAGE_ONLY | {"body_region": ["chest"], "modality": "t1"},
+        "code 9",
+        "leave modality out",
+    ),
+    "a seed for a generator": ("rflow", IMAGE_ONLY | {"generator": 0}, "generator=0", "manual_seed"),
+    "an array of noise": ("rflow", IMAGE_ONLY | {"latents": np.zeros((1, 4, 6, 4, 8))}, "ndarray", "tensor"),
+    "solver that fails": ("untested solver", IMAGE_ONLY, "DEISMultistepScheduler", "UniPC"),
     "guidance": ("rflow", IMAGE_ONLY | {"guidance_scale": -1.0}, "-1.0", "0 (off)"),
     "generators": (
         "rflow",

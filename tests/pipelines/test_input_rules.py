@@ -72,5 +72,8 @@ def test_nearest_never_crops_where_it_can():
 def test_what_is_not_given_keeps_the_field_of_view():
     given = ((122, 101, 112), (3.0, 3.0, 3.0))
     assert fit_grid(*given, (64, 64, 64), None, 32, None) == ((64, 64, 64), (366 / 64, 303 / 64, 336 / 64))
-    assert fit_grid(*given, None, (3.0, 3.0, 2.0), 32, None) == ((128, 96, 160), (3.0, 3.0, 2.0))
+    # or enlarges it: never is anything cropped unasked
+    assert fit_grid(*given, None, (3.0, 3.0, 2.0), 32, None) == ((128, 128, 192), (3.0, 3.0, 2.0))
+    assert fit_grid(*given, None, (1.5, 1.5, 3.0), 32, CT_RULES) == ((256, 256, 128), (1.5, 1.5, 3.0))
+    assert fit_grid(*given, (256, 256, 128), None, 32, CT_RULES) == ((256, 256, 128), (366 / 256, 366 / 256, 2.625))
     assert fit_grid(*given, (32, 32, 32), (1.0, 2.0, 3.0), 32, None) == ((32, 32, 32), (1.0, 2.0, 3.0))

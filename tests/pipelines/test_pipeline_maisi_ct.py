@@ -2,6 +2,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from maisi_diffusers import MaisiCTPipeline, MaisiCTPipelineOutput, MaisiMaskPipeline
 from tests.tiny import SIZE, SPACING, make_label_map, make_pipeline, seeded
@@ -258,3 +259,14 @@ def test_model_offload_order():
     # The ControlNet is called in turn with the UNet: in the chain, each would send the other away at every step.
     assert networks - set(order) == {"controlnet"}
     assert order.index("mask_unet") < order.index("mask_vae") < order.index("unet") < order.index("vae")
+
+
+def test_solver_in_sigmas():
+    """A solver whose noise and model input are scaled goes where DDIM goes, in the epsilon model."""
+    pipe = make_pipeline("ddpm-ct")
+    config, found = pipe.scheduler.config, {}
+    for solver in (DDIMScheduler, EulerDiscreteScheduler):
+        pipe.scheduler = solver.from_config(config, timestep_spacing="trailing")
+        found[solver] = pipe(**IMAGE_ONLY, num_inference_steps=50, generator=seeded(), output_type="latent").images
+    error = (found[EulerDiscreteScheduler] - found[DDIMScheduler]).norm() / found[DDIMScheduler].norm()
+    assert error < 0.01
