@@ -201,9 +201,12 @@ class MaisiCTPipeline(DiffusionPipeline):
     ) -> None:
         """Refuse arguments that are unknown, out of range or contradict each other; raises a `ValueError`."""
         check_size_and_spacing(output_size, spacing)
+        for name, words in (("body_region", body_region), ("anatomy_list", anatomy_list)):
+            if words is not None and not isinstance(words, (list, tuple)):
+                raise ValueError(f"{name}={words!r} is not allowed: give a list of names")
         if body_region:
             regions_from_words(body_region)
-        for anatomy in [anatomy_list] if isinstance(anatomy_list, str) else anatomy_list or []:
+        for anatomy in anatomy_list or []:
             label_index(anatomy)
         if controllable_anatomy_size is not None or anatomy_size is not None:
             anatomy_size_vector(controllable_anatomy_size, anatomy_size)

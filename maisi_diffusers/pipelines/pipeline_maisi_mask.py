@@ -35,6 +35,9 @@ def anatomy_size_vector(
             "give exactly one of controllable_anatomy_size (pairs of name and size) and anatomy_size (the vector of "
             f"10), not {'both' if anatomy_size is not None else 'neither'}"
         )
+    given = controllable_anatomy_size if anatomy_size is None else anatomy_size
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"{given!r} is not a list: give pairs like ('liver', 0.5), or the vector of 10 sizes")
     if anatomy_size is None:
         for pair in controllable_anatomy_size:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], Real):

@@ -72,6 +72,9 @@ CASES = {
         "256 mm",
     ),
     # names
+    "region not in a list": ("rflow", IMAGE_ONLY | {"body_region": "chest"}, "'chest'", "list of names"),
+    "sizes not in a list": ("rflow", {"controllable_anatomy_size": 5, **GRID}, "5", "('liver', 0.5)"),
+    "vector not a list": ("rflow", {"anatomy_size": 0.5, **GRID}, "0.5", "vector of 10"),
     "unknown region": ("rflow", IMAGE_ONLY | {"body_region": ["thigh"]}, "thigh", "chest"),
     "unknown organ": ("rflow", {"anatomy_list": ["livr"], **GRID}, "livr", "liver"),
     "unknown modality": ("rflow", IMAGE_ONLY | {"modality": "pet"}, "pet", "ct"),
