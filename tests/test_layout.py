@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "imaging": set(),
     "anatomy": {"imaging"},
     "loaders": {"models", "schedulers"},
+    "training": {"models", "schedulers", "imaging", "anatomy", "loaders"},
     "pipelines": {"models", "schedulers", "imaging", "anatomy", "loaders"},
 }
 

@@ -18,6 +18,7 @@ from .vocabulary import (
     label_index,
     label_name,
     labels_present,
+    new_vocabulary,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "label_name",
     "labels_present",
     "load_label_map",
+    "new_vocabulary",
     "one_hot",
     "region_of_word",
     "regions_from_labels",

@@ -1,5 +1,7 @@
 """The same anatomy without its tumors, which is what tumor guidance and the contrastive loss compare with."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import KDTree
@@ -13,7 +15,11 @@ _KIDNEY_OF_CYST = {
 }
 
 
-def remove_tumors(labels: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> np.ndarray:
+def remove_tumors(
+    labels: np.ndarray,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    tumors: Mapping[int, tuple[int, ...]] = TUMORS,
+) -> np.ndarray:
     """Tumor-free copy of a label map.
 
     Hepatic tumor becomes liver, pancreatic tumor pancreas, colon cancer primaries colon and a kidney cyst its kidney.
@@ -23,16 +29,17 @@ def remove_tumors(labels: np.ndarray, spacing: tuple[float, float, float] = (1.0
     Args:
         labels: uint8 (X, Y, Z) in MAISI's vocabulary.
         spacing: mm along each axis, which is what "nearest" is measured in.
+        tumors: tumor -> the labels it can sit in; a fine-tuned model may have more.
     """
     table = np.arange(256, dtype=np.uint8)
-    for tumor, organs in TUMORS.items():
+    for tumor, organs in tumors.items():
         if len(organs) == 1:
             table[tumor] = organs[0]
     for cyst, kidney in _KIDNEY_OF_CYST.items():
         table[cyst] = kidney
     healthy = table[labels]
 
-    for tumor, organs in TUMORS.items():
+    for tumor, organs in tumors.items():
         is_tumor = healthy == tumor
         if not is_tumor.any():
             continue

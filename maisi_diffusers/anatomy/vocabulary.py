@@ -118,3 +118,27 @@ def labels_present(labels: np.ndarray) -> tuple[int, ...]:
     for plane in labels:  # indexing with the whole volume would make an 8-byte copy of it
         present[plane] = True
     return tuple(int(label) for label in np.flatnonzero(present[1:]) + 1)
+
+
+def new_vocabulary(label_names: Mapping[str, int]) -> dict[str, int]:
+    """MAISI's vocabulary with new classes in the place of its dummies, name -> label.
+
+    Args:
+        label_names: name -> index of each new class, e.g. `{"kidney tumor": 129}`.
+
+    Raises:
+        ValueError: for a name that the vocabulary has, and for an index that is not one of its eight free ones or is
+            given twice.
+    """
+    vocabulary = dict(LABELS)
+    for name, index in label_names.items():
+        if name in LABELS:
+            raise ValueError(f"The vocabulary has {name!r} already, as {LABELS[name]}; give the new class another name.")
+        if index not in DUMMIES or isinstance(index, bool):
+            raise ValueError(f"New class {name!r} cannot have index {index!r}; the free ones are {list(DUMMIES)}.")
+        dummy = label_name(index)
+        if dummy not in vocabulary:
+            raise ValueError(f"New class {name!r} has index {index}, which another one has too; give each its own.")
+        del vocabulary[dummy]
+        vocabulary[name] = index
+    return vocabulary

@@ -1,0 +1,181 @@
+"""The JSON data list, in the published layout: which files make a case, and what is known of it.
+
+```json
+{"training": [{"image": "case-1/ct_emb.nii.gz", "label": "case-1/labels.nii.gz", "dim": [512, 512, 512],
+               "spacing": [1.0, 1.0, 1.0], "top_region_index": [0, 1, 0, 0], "bottom_region_index": [0, 0, 0, 1],
+               "modality": "ct", "fold": 0}],
+ "label_names": {"kidney tumor": 129},
+ "tumor_organs": {"kidney tumor": ["left kidney", "right kidney"]}}
+```
+
+`image` is a CT, or once that is encoded its latent. Paths are relative to the list's folder. `label_names` and
+`tumor_organs` are ours: new classes on free indices of MAISI's vocabulary, and for those that are tumors the organs they
+sit in. Readers of the published layout pass over them.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+
+from ..anatomy import REGIONS, label_index, new_vocabulary
+from ..imaging import modality_code
+from .files import write_atomically
+
+
+@dataclass(frozen=True)
+class Case:
+    """One entry of a data list.
+
+    Args:
+        image: CT or MR volume, or its latent.
+        label: label map on the grid of the volume (four times the latent's, along each axis).
+        dim: voxels of the volume along X, Y, Z.
+        spacing: voxel size of the volume in mm.
+        top_region_index, bottom_region_index: one-hot region of the first and the last slice, as four indicators.
+        modality: name of a modality.
+        fold: which fold the case belongs to.
+    """
+
+    image: Path
+    label: Path | None = None
+    dim: tuple[int, int, int] | None = None
+    spacing: tuple[float, float, float] | None = None
+    top_region_index: tuple[int, int, int, int] | None = None
+    bottom_region_index: tuple[int, int, int, int] | None = None
+    modality: str = "ct"
+    fold: int = 0
+
+
+@dataclass(frozen=True)
+class DataList:
+    """Cases, and the classes they have beyond MAISI's.
+
+    Args:
+        cases: the entries in the order of the file.
+        label_names: name -> index of every new class.
+        tumor_organs: name of a new class that is a tumor -> names of the organs it sits in.
+    """
+
+    cases: list[Case]
+    label_names: dict[str, int] = field(default_factory=dict)
+    tumor_organs: dict[str, list[str]] = field(default_factory=dict)
+
+
+def read_data_list(path: str | os.PathLike, root: str | os.PathLike | None = None) -> DataList:
+    """Read a data list; files it names are not opened.
+
+    Args:
+        path: the JSON file.
+        root: the folder that paths in it are relative to; the list's own if not given.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no data list; every broken entry is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data list {str(path)!r} does not exist: make one with scripts/prepare_dataset.py")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # JSON's and Unicode's are both among them
+        raise ValueError(f"data list {str(path)!r} is no JSON file ({error}): make it again") from error
+    if not isinstance(content, dict) or not isinstance(content.get("training"), list) or not content["training"]:
+        raise ValueError(f"data list {str(path)!r} has no cases: it needs a list called \"training\"")
+
+    root = path.parent if root is None else Path(root)
+    cases, problems = [], []
+    for i, entry in enumerate(content["training"]):
+        try:
+            cases.append(_read_case(entry, root))
+        except ValueError as error:
+            problems.append(f"entry {i}: {error}")
+    if problems:
+        raise ValueError(f"data list {str(path)!r}: {'; '.join(problems)}")
+    label_names, tumor_organs = content.get("label_names", {}), content.get("tumor_organs", {})
+    try:
+        check_new_labels(label_names, tumor_organs)
+    except ValueError as error:
+        raise ValueError(f"data list {str(path)!r}: {error}") from error
+    return DataList(cases, label_names, tumor_organs)
+
+
+def write_data_list(path: str | os.PathLike, data_list: DataList) -> None:
+    """Write a data list, whole or not at all; paths below its folder become relative to it."""
+    folder = Path(path).resolve().parent
+    entries = []
+    for case in data_list.cases:
+        entry = {name: value for name, value in vars(case).items() if value is not None}
+        for name in ("image", "label"):
+            if name in entry:
+                file = entry[name].resolve()
+                entry[name] = str(file.relative_to(folder) if file.is_relative_to(folder) else file)
+        entries.append(entry)
+    content = {"training": entries}
+    if data_list.label_names:
+        content |= {"label_names": data_list.label_names, "tumor_organs": data_list.tumor_organs}
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def split_fold(cases: Iterable[Case], fold: int) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases: those of the fold are for validation, the rest for training, as in the code of
+    the published model (its documentation says the opposite). Where all cases are of one fold, all are for training.
+
+    Raises:
+        ValueError: if no case has that fold.
+    """
+    cases = list(cases)
+    folds = sorted({case.fold for case in cases})
+    if len(folds) == 1:
+        return cases, []
+    if fold not in folds:
+        raise ValueError(f"fold {fold} has no case in the data list, which has folds {folds}: choose one of them")
+    return [case for case in cases if case.fold != fold], [case for case in cases if case.fold == fold]
+
+
+def check_new_labels(label_names: dict[str, int], tumor_organs: dict[str, list[str]]) -> None:
+    """Refuse names and indices of new classes that the vocabulary has no room for; raises a `ValueError`."""
+    vocabulary = new_vocabulary(label_names)
+    for name, organs in tumor_organs.items():
+        if name not in label_names:
+            raise ValueError(f"tumor_organs names {name!r}, which is not among the new classes {list(label_names)}")
+        for organ in organs:
+            label_index(organ, vocabulary)
+
+
+def _read_case(entry: dict, root: Path) -> Case:
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        raise ValueError('no path called "image"')
+    values = {"image": root / entry["image"]}
+    if entry.get("label") is not None:
+        if not isinstance(entry["label"], str):
+            raise ValueError(f'"label" is {entry["label"]!r}, must be a path')
+        values["label"] = root / entry["label"]
+    if "dim" in entry:
+        values["dim"] = _numbers(entry, "dim", 3, Integral)
+    if "spacing" in entry:
+        values["spacing"] = tuple(float(size) for size in _numbers(entry, "spacing", 3, Real))
+    for name in ("dim", "spacing"):
+        if any(value <= 0 for value in values.get(name, ())):
+            raise ValueError(f'"{name}" is {entry[name]}, must be above 0')
+    for name in ("top_region_index", "bottom_region_index"):
+        if name in entry:
+            values[name] = tuple(int(value) for value in _numbers(entry, name, len(REGIONS), Real))
+            if sorted(values[name]) != [0, 0, 0, 1]:
+                raise ValueError(f'"{name}" is {entry[name]}, must be three zeros and a 1, for one of {REGIONS}')
+    values["modality"] = entry.get("modality", "ct")
+    modality_code(values["modality"])
+    values["fold"] = entry.get("fold", 0)
+    if not isinstance(values["fold"], int):
+        raise ValueError(f'"fold" is {values["fold"]!r}, must be a whole number')
+    return Case(**values)
+
+
+def _numbers(entry: dict, name: str, length: int, kind: type) -> tuple:
+    values = entry[name]
+    if not isinstance(values, list) or len(values) != length or any(not isinstance(v, kind) for v in values):
+        raise ValueError(f'"{name}" is {values!r}, must be {length} numbers')
+    return tuple(values)
