@@ -12,8 +12,8 @@ MAY_IMPORT = {
     "imaging": set(),
     "anatomy": {"imaging"},
     "loaders": {"models", "schedulers"},
-    "training": {"models", "schedulers", "imaging", "anatomy", "loaders"},
     "pipelines": {"models", "schedulers", "imaging", "anatomy", "loaders"},
+    "training": {"models", "schedulers", "imaging", "anatomy", "loaders", "pipelines"},
 }
 
 

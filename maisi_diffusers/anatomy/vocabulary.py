@@ -133,7 +133,9 @@ def new_vocabulary(label_names: Mapping[str, int]) -> dict[str, int]:
     vocabulary = dict(LABELS)
     for name, index in label_names.items():
         if name in LABELS:
-            raise ValueError(f"The vocabulary has {name!r} already, as {LABELS[name]}; give the new class another name.")
+            raise ValueError(
+                f"The vocabulary has {name!r} already, as {LABELS[name]}; give the new class another name."
+            )
         if index not in DUMMIES or isinstance(index, bool):
             raise ValueError(f"New class {name!r} cannot have index {index!r}; the free ones are {list(DUMMIES)}.")
         dummy = label_name(index)

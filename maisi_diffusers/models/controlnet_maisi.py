@@ -63,6 +63,9 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
         num_class_embeds: number of class embeddings (modality codes); `None` for a model without.
         conditioning_channels: channels of the condition: the bits of the label map.
         conditioning_embedding_out_channels: channels of the condition's embedding; each after the first halves it.
+        label_names: classes this model was trained for beyond MAISI's, name -> label. Carried, not read, like
+            `id2label` of transformers' models.
+        tumor_organs: those of them that are tumors, name -> names of the organs they sit in. Carried, not read.
     """
 
     _supports_gradient_checkpointing = True
@@ -87,6 +90,8 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
         num_class_embeds: int | None = 128,
         conditioning_channels: int = 8,
         conditioning_embedding_out_channels: tuple[int, ...] = (8, 32, 64),
+        label_names: dict[str, int] | None = None,
+        tumor_organs: dict[str, list[str]] | None = None,
     ):
         super().__init__()
         levels = len(block_out_channels)
@@ -199,6 +204,13 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
                     weights[name] = source[name]
             controlnet.load_state_dict(weights)
         return controlnet.to(device=unet.device, dtype=unet.dtype)
+
+    def add_classes(self, label_names: dict[str, int] | None, tumor_organs: dict[str, list[str]] | None) -> None:
+        """Carry new classes besides those that the config has (`label_names`, `tumor_organs`)."""
+        self.register_to_config(
+            label_names={**(self.config.label_names or {}), **(label_names or {})},
+            tumor_organs={**(self.config.tumor_organs or {}), **(tumor_organs or {})},
+        )
 
     @apply_forward_hook
     def embed_condition(self, controlnet_cond: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 
 from ..anatomy import (
+    TUMORS,
     add_body_label,
     label_bits,
     label_index,
     label_name,
     labels_present,
     load_label_map,
+    new_vocabulary,
     one_hot,
     regions_from_labels,
     regions_from_words,
@@ -178,6 +180,41 @@ class MaisiCTPipeline(DiffusionPipeline):
         return self._interrupt
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Name -> label of all the model knows: MAISI's, and the new classes that its ControlNet was trained for."""
+        return new_vocabulary(self._controlnet_config("label_names"))
+
+    @property
+    def tumors(self) -> dict[int, tuple[int, ...]]:
+        """Tumor -> the labels it can sit in: MAISI's, and the new ones that its ControlNet was trained for."""
+        vocabulary = self.vocabulary
+        new = self._controlnet_config("tumor_organs").items()
+        return TUMORS | {vocabulary[name]: tuple(vocabulary[organ] for organ in organs) for name, organs in new}
+
+    def _controlnet_config(self, name: str) -> dict:
+        return {} if self.controlnet is None else self.controlnet.config[name] or {}
+
+    def load_lora_weights(self, source: str | os.PathLike, adapter_name: str = "default", **hub_kwargs) -> None:
+        """
+        Add an adapter that `scripts/train_controlnet.py --use_lora` made to the ControlNet, with its new classes.
+
+        Args:
+            source: its folder or Hub id.
+            adapter_name: what to call it, for `pipe.controlnet.set_adapters` and the like.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            ValueError: if this model has no ControlNet.
+        """
+        if self.controlnet is None:
+            raise ValueError("this model has no ControlNet that an adapter could be added to: load one with it")
+        self.controlnet.load_lora_adapter(
+            str(source), prefix=None, adapter_name=adapter_name, use_safetensors=True, **hub_kwargs
+        )
+        config = MaisiControlNetModel.load_config(source, **hub_kwargs)
+        self.controlnet.add_classes(config["label_names"], config["tumor_organs"])
+
+    @property
     def size_multiple(self) -> int:
         """What VAE and UNet downsample by together: every axis must be a multiple of it."""
         return self.vae.spatial_compression_ratio * 2 ** (len(self.unet.config.block_out_channels) - 1)
@@ -207,7 +244,7 @@ class MaisiCTPipeline(DiffusionPipeline):
         if body_region:
             regions_from_words(body_region)
         for anatomy in anatomy_list or []:
-            label_index(anatomy)
+            label_index(anatomy, self.vocabulary)
         if controllable_anatomy_size is not None or anatomy_size is not None:
             anatomy_size_vector(controllable_anatomy_size, anatomy_size)
 
@@ -299,7 +336,7 @@ class MaisiCTPipeline(DiffusionPipeline):
         on_grid = resample_to_grid(labels, output_size, spacing, order=0, fill=0)
         lost = set(labels_present(np.asarray(labels.dataobj))) - set(labels_present(np.asarray(on_grid.dataobj)))
         if lost:
-            names = ", ".join(label_name(index) for index in sorted(lost))
+            names = ", ".join(label_name(index, self.vocabulary) for index in sorted(lost))
             warnings.warn(
                 f"{names}: not in the label map any more on the grid {output_size} of {spacing} mm; "
                 "use a larger output_size or a finer spacing to keep them",
@@ -392,16 +429,18 @@ class MaisiCTPipeline(DiffusionPipeline):
         latents = latents.to(self.unet.dtype)
         residuals = {}
         if condition_embedding is not None:
+            # A ControlNet fine-tuned in float32 may steer a UNet in half precision.
             down_block_res_samples, mid_block_res_sample = self.controlnet(
-                latents,
+                latents.to(self.controlnet.dtype),
                 timestep,
                 controlnet_cond_embedding=condition_embedding,
                 conditioning_scale=conditioning_scale,
                 class_labels=conditions.get("class_labels"),
                 return_dict=False,
             )
-            residuals["down_block_additional_residuals"] = down_block_res_samples
-            residuals["mid_block_additional_residual"] = mid_block_res_sample
+            dtype = latents.dtype
+            residuals["down_block_additional_residuals"] = tuple(sample.to(dtype) for sample in down_block_res_samples)
+            residuals["mid_block_additional_residual"] = mid_block_res_sample.to(dtype)
         return self.unet(latents, timestep, **conditions, **residuals, return_dict=False)[0]
 
     def decode(self, latents: torch.Tensor, modality: int, label_maps: list[np.ndarray] | None) -> torch.Tensor:
@@ -545,7 +584,7 @@ class MaisiCTPipeline(DiffusionPipeline):
             arrays = [np.asarray(labels.dataobj) for labels in label_maps]
             embedding = self.embed_label_maps(arrays, num_images, device)
             if guidance_scale > 0:
-                without_tumors = [remove_tumors(array, spacing) for array in arrays]
+                without_tumors = [remove_tumors(array, spacing, self.tumors) for array in arrays]
                 uncond_embedding = self.embed_label_maps(without_tumors, num_images, device)
         uncond_conditions = dict(conditions)
         if "class_labels" in conditions:

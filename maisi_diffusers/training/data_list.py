@@ -83,7 +83,7 @@ def read_data_list(path: str | os.PathLike, root: str | os.PathLike | None = Non
     except ValueError as error:  # JSON's and Unicode's are both among them
         raise ValueError(f"data list {str(path)!r} is no JSON file ({error}): make it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("training"), list) or not content["training"]:
-        raise ValueError(f"data list {str(path)!r} has no cases: it needs a list called \"training\"")
+        raise ValueError(f'data list {str(path)!r} has no cases: it needs a list called "training"')
 
     root = path.parent if root is None else Path(root)
     cases, problems = [], []

@@ -1,7 +1,8 @@
-"""Files that are there as a whole or not at all."""
+"""Files and folders that are there as a whole or not at all."""
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`, for a file or a folder, that takes its name when the block ends well.
 
-    The content reaches the disk before the name does. What was at `path` is replaced; when the block fails, it stays
-    as it was and the temporary one is removed. The name of the temporary one begins with a dot and ends like `path`.
+    What was at `path` is replaced; when the block fails, it stays as it was and the temporary one is removed. The name
+    of the temporary one begins with a dot and ends like `path`.
 
     Example:
 
@@ -24,23 +25,45 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _flush(file)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        publish(temporary, path)
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
+
+
+@contextmanager
+def write_files_atomically(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary folder whose files move to `folder`, each as a whole, when the block ends well.
+
+    What else is in `folder` stays.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        yield Path(temporary)
+        for file in Path(temporary).iterdir():
+            publish(file, folder / file.name)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file or folder its name, after its content has reached the disk."""
+    for file in [*temporary.rglob("*"), temporary]:
+        _flush(file)
+    if path.is_dir():
+        remove(path)
+    os.replace(temporary, path)
     _flush(path.parent)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one. A folder loses its name first, so that no half of it is found."""
     if path.is_dir():
-        shutil.rmtree(path)
+        doomed = path.with_name(f".{path.name.lstrip('.')}.removed")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
 

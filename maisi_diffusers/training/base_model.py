@@ -1,0 +1,40 @@
+"""The model that a training starts from."""
+
+import argparse
+
+from ..pipelines import MaisiCTPipeline
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model a training starts from."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="diffusers repository, or with --version published checkpoints: a folder or a Hub id",
+    )
+    group.add_argument("--version", help="which published model: rflow-ct, ddpm-ct, rflow-mr, rflow-mr-brain")
+    group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    group.add_argument("--variant", help="name of the weights' variant, e.g. fp16")
+    group.add_argument("--cache_dir", help="folder for models from the Hub")
+
+
+def load_base_model(args: argparse.Namespace) -> MaisiCTPipeline:
+    """
+    The pipeline to train a part of, without mask networks, in float32.
+
+    Raises:
+        OSError: a source that is not there.
+        ValueError: a source that is no such model.
+    """
+    hub_kwargs = {"revision": args.revision, "cache_dir": args.cache_dir}
+    without = dict.fromkeys(("mask_vae", "mask_unet", "mask_scheduler"))
+    if args.version is None:
+        return MaisiCTPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, variant=args.variant, **hub_kwargs, **without
+        )
+    pipe = MaisiCTPipeline.from_maisi_checkpoint(
+        args.pretrained_model_name_or_path, version=args.version, **hub_kwargs
+    )
+    pipe.register_modules(**without)
+    return pipe

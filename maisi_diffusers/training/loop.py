@@ -1,0 +1,190 @@
+"""The loop that all training scripts share: epochs, resuming, checkpoints, logs, and the stop at a loss that is none."""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+from .checkpoints import checkpoint_step, find_checkpoint, list_checkpoints, save_checkpoint
+from .data_list import Case
+from .files import write_atomically
+from .trackers import JSONLinesTracker
+
+logger = get_logger(__name__)
+
+# What decides which cases a step sees: with another value, a resumed run goes on differently.
+_ORDER = ("data_list", "fold", "train_batch_size", "gradient_accumulation_steps", "seed")
+
+
+class Trainer:
+    """
+    Runs a training script's steps.
+
+    Args:
+        accelerator: has prepared the data loader, models, optimisers and schedulers.
+        args: the script's arguments, those of [`maisi_diffusers.training.arguments`].
+        dataloader: batches with an `"index"` into the cases.
+        cases: names the files of a batch.
+        models: what gradients are accumulated for.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: argparse.Namespace,
+        dataloader: torch.utils.data.DataLoader,
+        cases: list[Case],
+        models: list[torch.nn.Module],
+    ):
+        self.accelerator = accelerator
+        self.args = args
+        self.dataloader = dataloader
+        self.cases = cases
+        self.models = models
+        self.output_dir = Path(args.output_dir)
+        self.updates_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+        self.max_train_steps = args.max_train_steps or args.num_train_epochs * self.updates_per_epoch
+        self.global_step = 0
+        self._batch = None
+
+    def fit(
+        self,
+        train_step: Callable[[dict], dict[str, torch.Tensor]],
+        save_model: Callable[[Path], None],
+        validate: Callable[[int], dict[str, float]] | None = None,
+    ) -> None:
+        """
+        Train until `max_train_steps`.
+
+        Args:
+            train_step: computes the losses of a batch, and calls [`update`] with each that is optimised; returns what
+                to log.
+            save_model: writes the model into a folder; called on every process.
+            validate: called with the step every `validation_steps`; returns what to log.
+
+        Raises:
+            FloatingPointError: if a loss or a gradient is not finite: with the step, the files of the batch and the
+                last complete checkpoint. No weight has changed by then.
+            OSError: if a checkpoint cannot be written.
+        """
+        accelerator, args = self.accelerator, self.args
+        self._resume()
+        self._start_trackers()
+        progress = tqdm(
+            initial=self.global_step,
+            total=self.max_train_steps,
+            desc="Steps",
+            disable=not accelerator.is_local_main_process,
+        )
+        logs = []
+        while self.global_step < self.max_train_steps:
+            epoch, updates = divmod(self.global_step, self.updates_per_epoch)
+            for batch in self._epoch(epoch, updates * args.gradient_accumulation_steps):
+                self._batch = batch
+                with accelerator.accumulate(*self.models):
+                    logs.append(train_step(batch))
+                if not accelerator.sync_gradients:
+                    continue
+                self.global_step += 1
+                values = self._mean(logs)
+                logs = []
+                accelerator.log(values, step=self.global_step)
+                progress.update()
+                progress.set_postfix(**values)
+                if args.validation_steps and validate is not None and self.global_step % args.validation_steps == 0:
+                    accelerator.log(validate(self.global_step), step=self.global_step)
+                if self.global_step % args.checkpointing_steps == 0:
+                    save_checkpoint(
+                        accelerator, self.output_dir, self.global_step, save_model, args.checkpoints_total_limit
+                    )
+                if self.global_step == self.max_train_steps:
+                    break
+        progress.close()
+
+    def update(
+        self,
+        loss: torch.Tensor,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        """Backward, clip, step: changes the model's weights when gradients have been accumulated."""
+        accelerator = self.accelerator
+        self._check_finite(loss, "loss")
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            norm = accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
+            if accelerator.scaler is None and norm is not None:  # a scaler passes over such steps by itself
+                self._check_finite(norm, "norm of the gradients")
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _check_finite(self, value: torch.Tensor, what: str) -> None:
+        # The mean over processes, so that all stop.
+        if torch.isfinite(self.accelerator.reduce(value.detach().float(), "mean")):
+            return
+        if torch.isfinite(value):
+            where = "another process"
+        else:
+            where = ", ".join(str(self.cases[i].image) for i in self._batch["index"].tolist())
+        complete = list_checkpoints(self.output_dir)
+        last = f"the last good checkpoint is {complete[-1]}" if complete else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"step {self.global_step + 1}: the {what} is {value.item()}, with {where}; {last}: look at these files, "
+            "or try a lower --learning_rate or --max_grad_norm 1"
+        )
+
+    def _resume(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        settings = {name: value for name, value in sorted(vars(args).items())}
+        settings["num_processes"] = accelerator.num_processes
+        path = self.output_dir / "args.json"
+        checkpoint = None
+        if args.resume_from_checkpoint:
+            checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
+            if checkpoint is None:
+                logger.warning(f"{self.output_dir} has no checkpoint to resume from: starting anew")
+        elif list_checkpoints(self.output_dir):
+            raise ValueError(
+                f"output_dir={str(self.output_dir)!r} has checkpoints of another run: add --resume_from_checkpoint "
+                "latest to go on with it, or give another folder"
+            )
+        if checkpoint is not None:
+            before = json.loads(path.read_text())
+            for name in (*_ORDER, "num_processes"):
+                if name in settings and before.get(name) != settings[name]:
+                    logger.warning(
+                        f"{name} was {before.get(name)} and is {settings[name]}: the run goes on with other batches "
+                        "than it would have had"
+                    )
+            accelerator.load_state(str(checkpoint))
+            self.global_step = checkpoint_step(checkpoint)
+            logger.info(f"resumed from {checkpoint}")
+        if accelerator.is_main_process:
+            with write_atomically(path) as temporary:
+                temporary.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+
+    def _start_trackers(self) -> None:
+        self.accelerator.log_with.append(JSONLinesTracker(self.output_dir, self.global_step))
+        plain = (int, float, str, bool)
+        config = {name: v if isinstance(v, plain) else str(v) for name, v in vars(self.args).items() if v is not None}
+        self.accelerator.init_trackers(self.args.tracker_project_name, config)
+
+    def _epoch(self, epoch: int, first_batch: int) -> torch.utils.data.DataLoader:
+        self.dataloader.set_epoch(epoch)
+        # accelerate passes it on to the dataset on one process only.
+        self.dataloader.dataset.set_epoch(epoch)
+        return skip_first_batches(self.dataloader, first_batch) if first_batch else self.dataloader
+
+    def _mean(self, logs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Means over the accumulated batches and the processes."""
+        names = list(logs[0])
+        values = torch.stack([torch.stack([log[name].detach().float() for name in names]) for log in logs]).mean(0)
+        return dict(zip(names, self.accelerator.reduce(values, "mean").tolist()))

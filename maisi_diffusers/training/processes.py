@@ -1,0 +1,31 @@
+"""On how many processes and on which device a script runs."""
+
+import os
+import warnings
+
+import torch
+
+
+def runs_on_cpu() -> bool:
+    """
+    Whether to tell accelerate to use the CPU: where it is asked for (`accelerate launch --cpu`), or nothing else is there.
+    Untold, each of several processes on a machine without accelerator takes itself for the only one.
+
+    Warns:
+        when `accelerate launch --cpu --num_processes 2` was meant to start more than the one process it starts.
+    """
+    launched_for_several = "MASTER_ADDR" in os.environ and not {
+        "WORLD_SIZE",
+        "PMI_SIZE",
+        "OMPI_COMM_WORLD_SIZE",
+    } & set(os.environ)
+    if launched_for_several:
+        warnings.warn(
+            "accelerate launch --cpu starts one process without mpirun, whatever --num_processes says: for several use "
+            "accelerate launch --multi_gpu --num_processes N, which runs on the CPU where there is no GPU, or torchrun",
+            stacklevel=2,
+        )
+    return (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        or not torch.accelerator.is_available()
+    )

@@ -1,0 +1,130 @@
+"""What every training script does before and after its loop."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCardData, create_repo, upload_folder
+from safetensors import SafetensorError
+
+from .files import write_atomically
+from .processes import runs_on_cpu
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator of a run; batches of two processes are together those of one with the doubled batch."""
+    if args.report_to == "tensorboard":
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ImportError("--report_to tensorboard needs it: pip install tensorboard, or leave it out") from error
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        cpu=runs_on_cpu(),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    set_seed(args.seed)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+@contextmanager
+def averaged(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
+    """The averages in the place of a model's trained weights, meanwhile; without averages, the weights as they are."""
+    if ema is None:
+        yield
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema.store(trained)
+    ema.copy_to(trained)
+    try:
+        yield
+    finally:
+        ema.restore(trained)
+
+
+def save_trained(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    ema: EMAModel | None,
+    save: Callable[[torch.nn.Module], None],
+) -> None:
+    """
+    Gather a wrapped model, sharded or not, and have `save` write it from the main process; called on every process.
+
+    Args:
+        accelerator: has prepared the model.
+        model: the model as it was prepared.
+        ema: averages of its trained weights to save in their place.
+        save: writes the unwrapped model.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    if is_sharded(accelerator):
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            whole = type(unwrapped).from_config(unwrapped.config)
+            whole.load_state_dict(weights)
+            save(whole)
+    elif accelerator.is_main_process:
+        with averaged(ema, unwrapped):
+            save(unwrapped)
+    accelerator.wait_for_everyone()
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether weights are spread over processes."""
+    return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+
+
+def write_model_card(folder: Path, args: argparse.Namespace, description: str, tags: list[str]) -> None:
+    """A README.md that says what the model is, what it was made from, and that what it makes is synthetic."""
+    base = args.pretrained_model_name_or_path
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=None if Path(base).exists() else base,
+        tags=["maisi", "medical", "3d", "synthetic", "diffusers-training", *tags],
+    )
+    with write_atomically(folder / "README.md") as temporary:
+        temporary.write_text(f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n{description}\n")
+
+
+def push_to_hub(args: argparse.Namespace) -> None:
+    """
+    Upload what a run made, without its checkpoints.
+
+    Raises:
+        OSError: if the Hub refuses or cannot be reached; what was written stays.
+    """
+    output_dir = Path(args.output_dir)
+    name = args.hub_model_id or output_dir.resolve().name
+    try:
+        repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            token=args.hub_token,
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*/**", ".*", f"{args.logging_dir}/**", "args.json"],
+        )
+    except Exception as error:  # of the network, the Hub or the login: none touches what was written
+        raise OSError(f"{output_dir} is complete, but not uploaded to {name}: {error}") from error
+
+
+def run_script(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Train, or say in one line on stderr why not and exit with code 1."""
+    try:
+        train(args)
+    except (OSError, ValueError, ImportError, FloatingPointError, torch.OutOfMemoryError, SafetensorError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -1,0 +1,82 @@
+"""What a ControlNet makes of label maps it was not trained on: pictures, HU of every organ, loss."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from ..anatomy import BODY, label_name, labels_present, load_label_map
+from ..imaging import save_preview, spacing_of, to_ras
+from ..pipelines import MaisiCTPipeline
+from .data_list import Case
+from .dataset import LatentDataset
+from .files import write_atomically
+
+
+def median_hu(image: nib.Nifti1Image, labels: nib.Nifti1Image, vocabulary: dict[str, int]) -> dict[str, float]:
+    """Median intensity of every label but the body, by name; image and label map on the same grid."""
+    intensities, label_map = np.asarray(image.dataobj), np.asarray(labels.dataobj)
+    present = [label for label in labels_present(label_map) if label != BODY]
+    return {label_name(label, vocabulary): float(np.median(intensities[label_map == label])) for label in present}
+
+
+def sample_cases(
+    pipe: MaisiCTPipeline, cases: list[Case], folder: Path, num_inference_steps: int | None, seed: int
+) -> dict[str, dict[str, float]]:
+    """
+    Make an image for the label map of every case, on its own grid.
+
+    Args:
+        pipe: the model as it is now.
+        cases: entries with label maps.
+        folder: gets `<case>.png` of each and `median_hu.json`.
+        num_inference_steps: as many as the model was released with if not given.
+        seed: of the noise, the same for every case and every time.
+
+    Returns:
+        case -> organ -> median HU (MR: intensity).
+    """
+    medians = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        name = case.label.name.split(".")[0]
+        labels = to_ras(load_label_map(case.label))
+        output = pipe(
+            mask=labels,
+            output_size=labels.shape,
+            spacing=spacing_of(labels),
+            modality=case.modality if pipe.unet.config.num_class_embeds is not None else None,
+            num_inference_steps=num_inference_steps,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        image, label_map = output.images[0], output.labels[0]
+        medians[name] = median_hu(image, label_map, pipe.vocabulary)
+        save_preview(folder / f"{name}.png", image, label_map, hidden_labels=(BODY,), title=f"{name}: synthetic")
+    with write_atomically(folder / "median_hu.json") as temporary:
+        temporary.write_text(json.dumps(medians, indent=2) + "\n")
+    return medians
+
+
+def mean_loss(
+    objective: Callable[[dict], dict[str, torch.Tensor]], dataset: LatentDataset, device: torch.device
+) -> float:
+    """Mean loss over a dataset, with the same noise and timesteps each time, one case after the other."""
+    losses = []
+    for i in range(len(dataset)):
+        batch = {name: value[None].to(device) for name, value in dataset[i].items()}
+        with torch.no_grad():
+            losses.append(objective(batch)["loss"].item())
+    return float(np.mean(losses))
+
+
+def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Hand the PNGs of a folder to the trackers that take pictures."""
+    pictures = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in sorted(folder.glob("*.png"))}
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            tracker.log_images({f"validation/{name}": picture for name, picture in pictures.items()}, step=step)
