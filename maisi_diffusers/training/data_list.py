@@ -9,11 +9,12 @@
 ```
 
 `image` is a CT, or once that is encoded its latent. Paths are relative to the list's folder. `label_names` and
-`tumor_organs` are ours: new classes on free indices of MAISI's vocabulary, and for those that are tumors the organs they
-sit in. Readers of the published layout pass over them.
+`tumor_organs` are ours: new classes on free indices of MAISI's vocabulary, and for those that are tumors the organs
+they sit in. Readers of the published layout pass over them.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def read_data_list(path: str | os.PathLike, root: str | os.PathLike | None = Non
     cases, problems = [], []
     for i, entry in enumerate(content["training"]):
         try:
-            cases.append(_read_case(entry, root))
+            cases.append(read_case(entry, root))
         except ValueError as error:
             problems.append(f"entry {i}: {error}")
     if problems:
@@ -104,13 +105,13 @@ def read_data_list(path: str | os.PathLike, root: str | os.PathLike | None = Non
 
 def write_data_list(path: str | os.PathLike, data_list: DataList) -> None:
     """Write a data list, whole or not at all; paths below its folder become relative to it."""
-    folder = Path(path).resolve().parent
+    folder = Path(os.path.abspath(path)).parent
     entries = []
     for case in data_list.cases:
         entry = {name: value for name, value in vars(case).items() if value is not None}
         for name in ("image", "label"):
             if name in entry:
-                file = entry[name].resolve()
+                file = Path(os.path.abspath(entry[name]))
                 entry[name] = str(file.relative_to(folder) if file.is_relative_to(folder) else file)
         entries.append(entry)
     content = {"training": entries}
@@ -138,6 +139,9 @@ def split_fold(cases: Iterable[Case], fold: int) -> tuple[list[Case], list[Case]
 
 def check_new_labels(label_names: dict[str, int], tumor_organs: dict[str, list[str]]) -> None:
     """Refuse names and indices of new classes that the vocabulary has no room for; raises a `ValueError`."""
+    for field_name, given in (("label_names", label_names), ("tumor_organs", tumor_organs)):
+        if not isinstance(given, dict):
+            raise ValueError(f"{field_name} is {given!r}, must hold names and values")
     vocabulary = new_vocabulary(label_names)
     for name, organs in tumor_organs.items():
         if name not in label_names:
@@ -146,7 +150,8 @@ def check_new_labels(label_names: dict[str, int], tumor_organs: dict[str, list[s
             label_index(organ, vocabulary)
 
 
-def _read_case(entry: dict, root: Path) -> Case:
+def read_case(entry: dict, root: Path) -> Case:
+    """One entry of a list's "training", paths relative to `root`; raises a `ValueError` that says what is wrong."""
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise ValueError('no path called "image"')
     values = {"image": root / entry["image"]}
@@ -159,14 +164,17 @@ def _read_case(entry: dict, root: Path) -> Case:
     if "spacing" in entry:
         values["spacing"] = tuple(float(size) for size in _numbers(entry, "spacing", 3, Real))
     for name in ("dim", "spacing"):
-        if any(value <= 0 for value in values.get(name, ())):
-            raise ValueError(f'"{name}" is {entry[name]}, must be above 0')
+        if any(not 0 < value < math.inf for value in values.get(name, ())):
+            raise ValueError(f'"{name}" is {entry[name]}, must be above 0 and finite')
     for name in ("top_region_index", "bottom_region_index"):
         if name in entry:
-            values[name] = tuple(int(value) for value in _numbers(entry, name, len(REGIONS), Real))
-            if sorted(values[name]) != [0, 0, 0, 1]:
+            indicators = _numbers(entry, name, len(REGIONS), Real)
+            if sorted(indicators) != [0, 0, 0, 1]:
                 raise ValueError(f'"{name}" is {entry[name]}, must be three zeros and a 1, for one of {REGIONS}')
+            values[name] = tuple(int(value) for value in indicators)
     values["modality"] = entry.get("modality", "ct")
+    if not isinstance(values["modality"], (str, int)):
+        raise ValueError(f'"modality" is {values["modality"]!r}, must be a name such as "ct"')
     modality_code(values["modality"])
     values["fold"] = entry.get("fold", 0)
     if not isinstance(values["fold"], int):

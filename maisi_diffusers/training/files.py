@@ -62,6 +62,7 @@ def remove(path: Path) -> None:
     """Remove a file or a folder, if there is one. A folder loses its name first, so that no half of it is found."""
     if path.is_dir():
         doomed = path.with_name(f".{path.name.lstrip('.')}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)  # of a removal that was interrupted
         os.replace(path, doomed)
         shutil.rmtree(doomed)
     else:

@@ -13,6 +13,7 @@ from maisi_diffusers.anatomy import (
     label_index,
     label_name,
     labels_present,
+    new_vocabulary,
 )
 
 
@@ -84,3 +85,42 @@ def test_labels_present():
     assert labels_present(labels) == ()
     labels[0, 0, 0], labels[2, 3, 4] = 255, 1
     assert labels_present(labels) == (1, 255)
+
+
+def test_new_classes_take_the_place_of_dummies():
+    assert new_vocabulary({}) == LABELS
+    vocabulary = new_vocabulary({"kidney tumor": 129, "kidney cyst": 2})
+    assert vocabulary.items() - LABELS.items() == {("kidney tumor", 129), ("kidney cyst", 2)}
+    assert LABELS.keys() - vocabulary.keys() == {"dummy6", "dummy1"}
+    assert label_name(129, vocabulary) == "kidney tumor"
+    assert label_name(129) == "dummy6", "the vocabulary itself stays as it is"
+
+
+def test_every_dummy_is_free():
+    vocabulary = new_vocabulary({f"class {index}": index for index in DUMMIES})
+    assert sorted(vocabulary.values()) == sorted(LABELS.values())
+    assert not [name for name in vocabulary if name.startswith("dummy")]
+
+
+@pytest.mark.parametrize(
+    ("label_names", "message"),
+    [
+        ({"liver": 129}, "'liver' already, as 1; give the new class another name"),
+        ({"dummy6": 129}, "'dummy6' already, as 129"),
+        (
+            {"kidney tumor": 128},
+            r"'kidney tumor' cannot have index 128; the free ones are \[2, 16, 18, 20, 21, 129, 130,",
+        ),
+        ({"kidney tumor": 200}, "cannot have index 200"),
+        ({"kidney tumor": 133}, "cannot have index 133"),
+        ({"kidney tumor": 0}, "cannot have index 0"),
+        ({"kidney tumor": "129"}, "cannot have index '129'"),
+        ({"kidney tumor": True}, "cannot have index True"),
+        ({"kidney tumor": None}, "cannot have index None"),
+        ({"a": 129, "b": 129}, "'b' has index 129, which another one has too"),
+    ],
+)
+def test_new_classes_that_are_refused(label_names, message):
+    with pytest.raises(ValueError, match=message) as error:
+        new_vocabulary(label_names)
+    assert "\n" not in str(error.value)
