@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 
 from maisi_diffusers import (
     AutoencoderKLMaisi,
@@ -25,6 +26,8 @@ from maisi_diffusers import (
 from maisi_diffusers.anatomy import BODY, label_index
 from maisi_diffusers.imaging import labels_to_nifti, save_preview
 
+# The noise schedule of MAISI's first models.
+DDPM = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear", "clip_sample": False}
 SIZE, SPACING = (96, 96, 96), (4.0, 4.0, 4.0)
 # Ellipsoids in a torso: name, centre and half axes in mm from its middle; X to the right, Y forwards, Z upwards.
 TORSO = [
@@ -53,24 +56,30 @@ def make_label_map() -> nib.Nifti1Image:
     return labels_to_nifti(labels, np.diag([*SPACING, 1.0]))
 
 
-def make_random_model(folder: Path, seed: int) -> None:
-    """Save a pipeline of small networks with random weights as a diffusers repository."""
+def make_random_model(folder: Path, kind: str, seed: int) -> None:
+    """Save a pipeline of small networks with random weights as a diffusers repository; `kind` is rflow or ddpm."""
     torch.manual_seed(seed)
     unet = MaisiUNet3DConditionModel(
         block_out_channels=(32, 64), layers_per_block=1, attention_levels=(False, True), norm_num_groups=16
     )
     controlnet = MaisiControlNetModel.from_unet(unet)
     vae = AutoencoderKLMaisi(block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8)
+    # Like a trained encoder, have it be sure of its latents: the last half of what it gives is their log-variance.
+    log_variance = vae.quant_conv.weight.shape[0] // 2
+    torch.nn.init.zeros_(vae.quant_conv.weight.data[log_variance:])
+    torch.nn.init.constant_(vae.quant_conv.bias.data[log_variance:], -8.0)
     # Bring the untrained decoder's output into its range, 0..1 for -1000..1000 HU.
     vae.decoder.conv_out.weight.data *= 0.2
     torch.nn.init.constant_(vae.decoder.conv_out.bias, 0.55)
-    MaisiCTPipeline(vae, unet, MaisiRFlowScheduler(), controlnet, num_inference_steps=4).save_pretrained(folder)
+    scheduler = MaisiRFlowScheduler() if kind == "rflow" else DDPMScheduler(**DDPM)
+    MaisiCTPipeline(vae, unet, scheduler, controlnet, num_inference_steps=4).save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for model, label map and CT")
     parser.add_argument("--mask", type=Path, help="a label map of your own, in MAISI's vocabulary")
+    parser.add_argument("--kind", choices=["rflow", "ddpm"], default="rflow", help="what the model's UNet predicts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.mask is not None and not args.mask.is_file():
@@ -85,7 +94,7 @@ def main() -> None:
     if mask is None:
         mask = args.output / "mask.nii.gz"
         make_label_map().to_filename(mask)
-    make_random_model(args.output / "model", args.seed)
+    make_random_model(args.output / "model", args.kind, args.seed)
 
     pipe = MaisiCTPipeline.from_pretrained(args.output / "model")
     out = pipe(mask=mask, generator=torch.Generator().manual_seed(args.seed))

@@ -5,12 +5,12 @@ import argparse
 from ..pipelines import MaisiCTPipeline
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Which model a training starts from."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path",
-        required=True,
+        required=required,
         help="diffusers repository, or with --version published checkpoints: a folder or a Hub id",
     )
     group.add_argument("--version", help="which published model: rflow-ct, ddpm-ct, rflow-mr, rflow-mr-brain")

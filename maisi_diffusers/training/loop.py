@@ -1,4 +1,4 @@
-"""The loop that all training scripts share: epochs, resuming, checkpoints, logs, and the stop at a loss that is none."""
+"""The loop that all training scripts share: epochs, resuming, checkpoints, logs, the stop at a loss of NaN."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from .trackers import JSONLinesTracker
 logger = get_logger(__name__)
 
 # What decides which cases a step sees: with another value, a resumed run goes on differently.
-_ORDER = ("data_list", "fold", "train_batch_size", "gradient_accumulation_steps", "seed")
+_ORDER = ("data_list", "fold", "train_batch_size", "gradient_accumulation_steps", "seed", "num_processes")
 
 
 class Trainer:
@@ -30,7 +30,7 @@ class Trainer:
         accelerator: has prepared the data loader, models, optimisers and schedulers.
         args: the script's arguments, those of [`maisi_diffusers.training.arguments`].
         dataloader: batches with an `"index"` into the cases.
-        cases: names the files of a batch.
+        cases: name the files of a batch.
         models: what gradients are accumulated for.
     """
 
@@ -51,6 +51,7 @@ class Trainer:
         self.updates_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
         self.max_train_steps = args.max_train_steps or args.num_train_epochs * self.updates_per_epoch
         self.global_step = 0
+        self.epoch = 0
         self._batch = None
 
     def fit(
@@ -84,8 +85,8 @@ class Trainer:
         )
         logs = []
         while self.global_step < self.max_train_steps:
-            epoch, updates = divmod(self.global_step, self.updates_per_epoch)
-            for batch in self._epoch(epoch, updates * args.gradient_accumulation_steps):
+            self.epoch, updates = divmod(self.global_step, self.updates_per_epoch)
+            for batch in self._batches(updates * args.gradient_accumulation_steps):
                 self._batch = batch
                 with accelerator.accumulate(*self.models):
                     logs.append(train_step(batch))
@@ -143,8 +144,7 @@ class Trainer:
 
     def _resume(self) -> None:
         args, accelerator = self.args, self.accelerator
-        settings = {name: value for name, value in sorted(vars(args).items())}
-        settings["num_processes"] = accelerator.num_processes
+        settings = self._settings()
         path = self.output_dir / "args.json"
         checkpoint = None
         if args.resume_from_checkpoint:
@@ -158,7 +158,7 @@ class Trainer:
             )
         if checkpoint is not None:
             before = json.loads(path.read_text())
-            for name in (*_ORDER, "num_processes"):
+            for name in _ORDER:
                 if name in settings and before.get(name) != settings[name]:
                     logger.warning(
                         f"{name} was {before.get(name)} and is {settings[name]}: the run goes on with other batches "
@@ -169,18 +169,24 @@ class Trainer:
             logger.info(f"resumed from {checkpoint}")
         if accelerator.is_main_process:
             with write_atomically(path) as temporary:
-                temporary.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+                temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _settings(self) -> dict:
+        """The arguments to write down: all but the secret one."""
+        given = {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(self.args).items())}
+        del given["hub_token"]
+        return {**given, "num_processes": self.accelerator.num_processes}
 
     def _start_trackers(self) -> None:
         self.accelerator.log_with.append(JSONLinesTracker(self.output_dir, self.global_step))
         plain = (int, float, str, bool)
-        config = {name: v if isinstance(v, plain) else str(v) for name, v in vars(self.args).items() if v is not None}
+        config = {name: v if isinstance(v, plain) else str(v) for name, v in self._settings().items() if v is not None}
         self.accelerator.init_trackers(self.args.tracker_project_name, config)
 
-    def _epoch(self, epoch: int, first_batch: int) -> torch.utils.data.DataLoader:
-        self.dataloader.set_epoch(epoch)
-        # accelerate passes it on to the dataset on one process only.
-        self.dataloader.dataset.set_epoch(epoch)
+    def _batches(self, first_batch: int) -> torch.utils.data.DataLoader:
+        self.dataloader.set_epoch(self.epoch)
+        # accelerate passes it on to the dataset where there is one process only.
+        self.dataloader.dataset.set_epoch(self.epoch)
         return skip_first_batches(self.dataloader, first_batch) if first_batch else self.dataloader
 
     def _mean(self, logs: list[dict[str, torch.Tensor]]) -> dict[str, float]:

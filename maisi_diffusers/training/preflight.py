@@ -2,6 +2,7 @@
 
 import nibabel as nib
 
+from ..imaging.nifti import UNREADABLE
 from ..models import MaisiUNet3DConditionModel
 from .checks import check_cases
 from .data_list import DataList
@@ -36,9 +37,10 @@ def check_training_cases(
         missing = [name for name, is_needed in needed.items() if is_needed and getattr(case, name) is None]
         if missing:
             problems.append(f"entry {i}: no {', '.join(missing)}, which this model is trained with: prepare it again")
-        if not case.image.is_file():
+        try:
+            shape = nib.load(case.image).shape
+        except UNREADABLE:
             continue  # said already
-        shape = nib.load(case.image).shape
         if len(shape) != 4:
             problems.append(
                 f"entry {i}: {case.image} is a volume, not a latent: encode it with scripts/encode_latents.py"
@@ -46,14 +48,14 @@ def check_training_cases(
             continue
         if any(n % multiple for n in shape[:3]):
             problems.append(
-                f"entry {i}: {case.image} is a latent of {shape[:3]} voxels, which the UNet cannot halve as often as it "
-                f"must: encode to a size that divides by {ratio * multiple}"
+                f"entry {i}: {case.image} is a latent of {shape[:3]} voxels, which the UNet cannot halve as often as "
+                f"it must: encode to a size that divides by {ratio * multiple}"
             )
         first_grid = first_grid or (shape[:3], case.image)
         if batch_size > 1 and shape[:3] != first_grid[0]:
             problems.append(
-                f"entry {i}: {case.image} has {shape[:3]} voxels and {first_grid[1]} has {first_grid[0]}, which cannot be "
-                "in one batch: train with --train_batch_size 1 and --gradient_accumulation_steps, or encode to one "
+                f"entry {i}: {case.image} has {shape[:3]} voxels and {first_grid[1]} has {first_grid[0]}, which cannot "
+                "be in one batch: train with --train_batch_size 1 and --gradient_accumulation_steps, or encode to one "
                 "--size"
             )
     if problems:

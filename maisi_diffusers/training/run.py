@@ -2,28 +2,30 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, LoggerType, ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from .files import write_atomically
 from .processes import runs_on_cpu
 
+EMA_FILE = "ema.safetensors"
+
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The accelerator of a run; batches of two processes are together those of one with the doubled batch."""
-    if args.report_to == "tensorboard":
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError as error:
-            raise ImportError("--report_to tensorboard needs it: pip install tensorboard, or leave it out") from error
+    if args.report_to != "none" and LoggerType(args.report_to) not in get_available_trackers():
+        name = args.report_to
+        raise ImportError(f"--report_to {name} needs {name}: pip install {name}, or leave it out")
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         cpu=runs_on_cpu(),
@@ -34,10 +36,33 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
     set_seed(args.seed)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
     return accelerator
+
+
+def make_ema(
+    accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], decay: float
+) -> EMAModel:
+    """
+    Running averages of weights, which the accelerator's checkpoints have as `ema.safetensors`.
+
+    [`Accelerator.register_for_checkpointing`] would write a pickle, and leave on the CPU what it reads.
+    """
+    ema = EMAModel(parameters, decay=decay)
+    ema.to(accelerator.device)
+
+    def save(models: list, weights: list, folder: str) -> None:
+        if accelerator.is_main_process:
+            averages = {str(i): average for i, average in enumerate(ema.shadow_params)}
+            save_file({"steps": torch.tensor(ema.optimization_step), **averages}, Path(folder, EMA_FILE))
+
+    def load(models: list, folder: str) -> None:
+        averages = load_file(Path(folder, EMA_FILE), device=str(accelerator.device))
+        ema.optimization_step = averages.pop("steps").item()
+        ema.shadow_params = [averages[str(i)] for i in range(len(averages))]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    return ema
 
 
 @contextmanager
@@ -88,12 +113,11 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
 
 
-def write_model_card(folder: Path, args: argparse.Namespace, description: str, tags: list[str]) -> None:
+def write_model_card(folder: Path, base_model: str | None, description: str, tags: list[str]) -> None:
     """A README.md that says what the model is, what it was made from, and that what it makes is synthetic."""
-    base = args.pretrained_model_name_or_path
     data = ModelCardData(
         library_name="diffusers",
-        base_model=None if Path(base).exists() else base,
+        base_model=None if base_model is None or Path(base_model).exists() else base_model,
         tags=["maisi", "medical", "3d", "synthetic", "diffusers-training", *tags],
     )
     with write_atomically(folder / "README.md") as temporary:
@@ -127,4 +151,7 @@ def run_script(train: Callable[[argparse.Namespace], None], args: argparse.Names
     try:
         train(args)
     except (OSError, ValueError, ImportError, FloatingPointError, torch.OutOfMemoryError, SafetensorError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        message = str(error)
+        if "\nOriginal Traceback" in message:  # from a worker of the data loader; its last line says what was wrong
+            message = message.splitlines()[-1].partition(": ")[2]
+        sys.exit(f"error: {' '.join(message.split())}")

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from matplotlib.image import imread
 
 from ..anatomy import BODY, label_name, labels_present, load_label_map
 from ..imaging import save_preview, spacing_of, to_ras
@@ -16,6 +16,9 @@ from ..pipelines import MaisiCTPipeline
 from .data_list import Case
 from .dataset import LatentDataset
 from .files import write_atomically
+
+REGION_WORDS = ("head", "chest", "abdomen", "pelvis")
+"""A `body_region` word for each of the four regions."""
 
 
 def median_hu(image: nib.Nifti1Image, labels: nib.Nifti1Image, vocabulary: dict[str, int]) -> dict[str, float]:
@@ -34,17 +37,16 @@ def sample_cases(
     Args:
         pipe: the model as it is now.
         cases: entries with label maps.
-        folder: gets `<case>.png` of each and `median_hu.json`.
+        folder: gets `<number>-<case>.png` of each and `median_hu.json`.
         num_inference_steps: as many as the model was released with if not given.
         seed: of the noise, the same for every case and every time.
 
     Returns:
-        case -> organ -> median HU (MR: intensity).
+        `<number>-<case>` -> organ -> median HU (MR: intensity).
     """
     medians = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for case in cases:
-        name = case.label.name.split(".")[0]
+    for i, case in enumerate(cases):
+        name = f"{i}-{case.label.name.split('.')[0]}"  # files in different folders may have one name
         labels = to_ras(load_label_map(case.label))
         output = pipe(
             mask=labels,
@@ -56,10 +58,42 @@ def sample_cases(
         )
         image, label_map = output.images[0], output.labels[0]
         medians[name] = median_hu(image, label_map, pipe.vocabulary)
-        save_preview(folder / f"{name}.png", image, label_map, hidden_labels=(BODY,), title=f"{name}: synthetic")
+        with write_atomically(folder / f"{name}.png") as temporary:  # of several processes, each has its own
+            save_preview(temporary, image, label_map, hidden_labels=(BODY,), title=f"{name}: synthetic")
     with write_atomically(folder / "median_hu.json") as temporary:
         temporary.write_text(json.dumps(medians, indent=2) + "\n")
     return medians
+
+
+def sample_unconditioned(
+    pipe: MaisiCTPipeline, cases: list[Case], folder: Path, num_inference_steps: int | None, seed: int
+) -> None:
+    """Make an image of the size, spacing, modality and region of every case, without its label map.
+
+    Args:
+        pipe: the model as it is now.
+        cases: entries with latents; they say how large an image is.
+        folder: gets `<number>-<case>.png` of each.
+        num_inference_steps: as many as the model was released with if not given.
+        seed: of the noise, the same for every case and every time.
+    """
+    for i, case in enumerate(cases):
+        name = f"{i}-{case.image.name.split('.')[0]}"
+        latent = to_ras(nib.load(case.image))
+        words = None
+        if pipe.unet.config.use_region_index:
+            words = [REGION_WORDS[index.index(1)] for index in (case.top_region_index, case.bottom_region_index)]
+        output = pipe(
+            body_region=words,
+            image_only=True,
+            output_size=tuple(n * pipe.vae.spatial_compression_ratio for n in latent.shape[:3]),
+            spacing=case.spacing,
+            modality=case.modality if pipe.unet.config.num_class_embeds is not None else None,
+            num_inference_steps=num_inference_steps,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        with write_atomically(folder / f"{name}.png") as temporary:
+            save_preview(temporary, output.images[0], title=f"{name}: synthetic")
 
 
 def mean_loss(
@@ -76,7 +110,7 @@ def mean_loss(
 
 def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Hand the PNGs of a folder to the trackers that take pictures."""
-    pictures = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in sorted(folder.glob("*.png"))}
+    pictures = {path.stem: (imread(path)[None, ..., :3] * 255).astype(np.uint8) for path in sorted(folder.glob("*.png"))}
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             tracker.log_images({f"validation/{name}": picture for name, picture in pictures.items()}, step=step)
