@@ -8,12 +8,13 @@ VERSION = next(
     for line in (ROOT / "maisi_diffusers" / "__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+TRAIN = ["peft>=0.21", "tensorboard>=2.20"]
 TEST = [
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "monai>=1.6.1",
     "einops>=0.8.2",
-    "peft>=0.21",
+    *TRAIN,
 ]
 
 setup(
@@ -38,8 +39,10 @@ setup(
         "nibabel>=5.4",
         "matplotlib>=3.11",
         "connected-components-3d>=4.1",
+        "pyyaml>=6.0",
+        "tqdm>=4.70",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "ruff>=0.17"]},
+    extras_require={"train": TRAIN, "test": TEST, "dev": [*TEST, "ruff>=0.17"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

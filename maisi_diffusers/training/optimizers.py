@@ -6,6 +6,9 @@ from collections.abc import Iterable
 import torch
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 
+# Devices besides the CPU that torch has one-pass optimisers for: less time, and no copies in between.
+FUSED = ("cuda", "xpu", "mps")
+
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
     """
@@ -15,6 +18,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], args: argparse.Name
         ImportError: if 8 bits are asked for and bitsandbytes is not installed.
     """
     has_decay = hasattr(args, "adam_weight_decay")
+    options = {}
     if args.use_8bit_adam:
         try:
             import bitsandbytes as bnb
@@ -25,13 +29,12 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], args: argparse.Name
         optimizer_class = bnb.optim.AdamW8bit if has_decay else bnb.optim.Adam8bit
     else:
         optimizer_class = torch.optim.AdamW if has_decay else torch.optim.Adam
-    return optimizer_class(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        **({"weight_decay": args.adam_weight_decay} if has_decay else {}),
-    )
+        accelerator = torch.accelerator.current_accelerator()
+        options["fused"] = accelerator is None or accelerator.type in FUSED
+    if has_decay:
+        options["weight_decay"] = args.adam_weight_decay
+    betas = (args.adam_beta1, args.adam_beta2)
+    return optimizer_class(parameters, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, **options)
 
 
 def make_lr_scheduler(
