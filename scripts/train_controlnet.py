@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from diffusers.training_utils import EMAModel
-from maisi_diffusers.training.preflight import check_training_cases
 
 from maisi_diffusers import MaisiControlNetModel, MaisiCTPipeline
 from maisi_diffusers.training.arguments import add_optimizer_arguments, add_run_arguments, parse_args
@@ -27,10 +25,12 @@ from maisi_diffusers.training.files import write_files_atomically
 from maisi_diffusers.training.loop import Trainer
 from maisi_diffusers.training.objectives import ControlNetObjective
 from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimizer
+from maisi_diffusers.training.preflight import check_training_cases
 from maisi_diffusers.training.run import (
     averaged,
     is_sharded,
     make_accelerator,
+    make_ema,
     push_to_hub,
     run_script,
     save_trained,
@@ -139,11 +139,7 @@ def train(args: argparse.Namespace) -> None:
         pipe.controlnet.enable_gradient_checkpointing()
         pipe.unet.enable_gradient_checkpointing()
     trained = [parameter for parameter in pipe.controlnet.parameters() if parameter.requires_grad]
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(trained, decay=args.ema_decay)
-        ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
+    ema = make_ema(accelerator, trained, args.ema_decay) if args.use_ema else None
 
     # 2. Data, optimiser
     make_dataset = partial(
@@ -212,7 +208,12 @@ def train(args: argparse.Namespace) -> None:
     with write_files_atomically(args.output_dir) as temporary:
         save_trained(accelerator, controlnet, ema, lambda model: save(model, temporary))
     if accelerator.is_main_process:
-        write_model_card(Path(args.output_dir), args, describe(args, pipe, len(train_cases)), ["controlnet"])
+        write_model_card(
+            Path(args.output_dir),
+            args.pretrained_model_name_or_path,
+            describe(args, pipe, len(train_cases)),
+            ["controlnet"],
+        )
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()

@@ -1,5 +1,6 @@
 """A Hub on the loopback interface that serves folders as repositories, and a process that knows no other Hub."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -17,19 +18,22 @@ from urllib.parse import unquote, urlsplit
 
 class HubServer:
     """
-    Serves what `huggingface_hub` needs to list and download model repositories.
+    Serves what `huggingface_hub` needs to list, download and upload model repositories.
 
     Args:
         root: holds a folder `owner/name` for every repository.
         tags: revisions besides `main` and the commit, by repository.
+        token: what uploads need; none are accepted without.
 
     Attributes:
         downloads: every file that was sent, as (repository, path in it).
+        commits: every upload, as (repository, message).
     """
 
-    def __init__(self, root: Path, tags: dict[str, set[str]] | None = None):
-        self.root, self.tags = root, tags or {}
+    def __init__(self, root: Path, tags: dict[str, set[str]] | None = None, token: str | None = None):
+        self.root, self.tags, self.token = root, tags or {}, token
         self.downloads: list[tuple[str, str]] = []
+        self.commits: list[tuple[str, str]] = []
         self.port = 0  # any free one; the same again after a pause
         self.start()
 
@@ -70,6 +74,9 @@ class HubServer:
 # The Hub's addresses: a model's files and commit, its tree, one file.
 _ADDRESS = re.compile(r"(/api/models)?/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?")
 
+# Where files of a model are announced, and where they are sent to.
+_UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
+
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # noqa: N802, the name http.server looks for
@@ -99,13 +106,44 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
+    def do_POST(self) -> None:  # noqa: N802
+        hub = self.server.hub
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if hub.token is None or self.headers["Authorization"] != f"Bearer {hub.token}":
+            return self._refuse("Forbidden", status=403)
+        if self.path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization'] or 'owner'}/{asked['name']}"
+            (hub.root / repo).mkdir(parents=True, exist_ok=True)
+            return self._send_json({"url": f"{hub.url}/{repo}"})
+        address = _UPLOAD.fullmatch(unquote(urlsplit(self.path).path))
+        if not address or not (hub.root / address[1]).is_dir():
+            return self._refuse("RepoNotFound")
+        repo, action = address.groups()
+        if action == "preupload":
+            files = [{"path": file["path"]} for file in json.loads(body)["files"]]
+            return self._send_json(
+                {"files": [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+            )
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "header":
+                hub.commits.append((repo, line["value"]["summary"]))
+            else:
+                path = hub.root / repo / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        commit = hub.commit(repo)
+        return self._send_json({"commitUrl": f"{hub.url}/{repo}/commit/{commit}", "commitOid": commit})
+
     def _send_json(self, content: object) -> None:
         body = json.dumps(content).encode()
         self._send_head(len(body), {"Content-Type": "application/json"})
         self.wfile.write(body)
 
-    def _refuse(self, code: str) -> None:
-        self._send_head(0, {"X-Error-Code": code}, status=404)
+    def _refuse(self, code: str, status: int = 404) -> None:
+        self._send_head(0, {"X-Error-Code": code}, status)
 
     def _send_head(self, size: int, headers: dict[str, str], status: int = 200) -> None:
         self.send_response(status)

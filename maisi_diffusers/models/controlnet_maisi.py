@@ -18,7 +18,6 @@ from .modeling_maisi import MaisiModelMixin
 from .unet_3d_blocks_maisi import MaisiDownBlock3D, MaisiMidBlock3D, expand_to_levels, level_attention
 from .unet_3d_maisi import MaisiUNet3DConditionModel
 
-
 # Latent voxels along X that the condition is embedded for at a time, under gradient checkpointing.
 SLAB = 8
 # A latent voxel depends on the condition up to 11 voxels away, which is less than three latent voxels.

@@ -77,7 +77,8 @@ def save_checkpoint(
     checkpoint = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".checkpoint-{step}"
     if accelerator.is_main_process:
-        remove(temporary)
+        for leftover in list(output_dir.glob(".checkpoint-*")):  # of a run that was killed
+            remove(leftover)
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))

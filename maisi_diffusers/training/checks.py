@@ -12,7 +12,7 @@ import numpy as np
 from ..anatomy import BODY, LABELS, REGIONS, labels_present, new_vocabulary, one_hot, regions_from_labels
 from ..imaging import spacing_of, to_ras
 from ..imaging.nifti import UNREADABLE
-from .data_list import Case, DataList, read_case, check_new_labels, read_data_list
+from .data_list import Case, DataList, check_new_labels, read_case, read_data_list
 
 SIZE_TOLERANCE = 0.01
 """Voxel sizes may differ by this share of a voxel, and axes point this many voxels apart."""

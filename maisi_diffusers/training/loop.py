@@ -164,7 +164,14 @@ class Trainer:
                         f"{name} was {before.get(name)} and is {settings[name]}: the run goes on with other batches "
                         "than it would have had"
                     )
-            accelerator.load_state(str(checkpoint))
+            try:
+                accelerator.load_state(str(checkpoint))
+            except (RuntimeError, ValueError, FileNotFoundError) as error:  # other weights, or files of another option
+                reason = " ".join(str(error).split())[:150]
+                raise ValueError(
+                    f"{checkpoint} is not of a run with these options ({reason}): give those that {path} has, or "
+                    "another output_dir"
+                ) from error
             self.global_step = checkpoint_step(checkpoint)
             logger.info(f"resumed from {checkpoint}")
         if accelerator.is_main_process:

@@ -54,9 +54,9 @@ def check_training_cases(
         first_grid = first_grid or (shape[:3], case.image)
         if batch_size > 1 and shape[:3] != first_grid[0]:
             problems.append(
-                f"entry {i}: {case.image} has {shape[:3]} voxels and {first_grid[1]} has {first_grid[0]}, which cannot "
-                "be in one batch: train with --train_batch_size 1 and --gradient_accumulation_steps, or encode to one "
-                "--size"
+                f"entry {i}: {case.image} has {shape[:3]} voxels and {first_grid[1]} has {first_grid[0]}, which "
+                "cannot be in one batch: train with --train_batch_size 1 and --gradient_accumulation_steps, or encode "
+                "to one --size"
             )
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

@@ -17,8 +17,9 @@ def runs_on_cpu() -> bool:
     started_by_launcher_or_mpi = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & set(os.environ)
     if "MASTER_ADDR" in os.environ and not started_by_launcher_or_mpi:
         warnings.warn(
-            "accelerate launch --cpu starts one process without mpirun, whatever --num_processes says: for several use "
-            "accelerate launch --multi_gpu --num_processes N, which runs on the CPU where there is no GPU, or torchrun",
+            "accelerate launch --cpu starts one process without mpirun, whatever --num_processes says: for several "
+            "use accelerate launch --multi_gpu --num_processes N, which runs on the CPU where there is no GPU, or "
+            "torchrun",
             stacklevel=2,
         )
     asked_for = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

@@ -39,9 +39,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def make_ema(
-    accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], decay: float
-) -> EMAModel:
+def make_ema(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], decay: float) -> EMAModel:
     """
     Running averages of weights, which the accelerator's checkpoints have as `ema.safetensors`.
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from accelerate.tracking import GeneralTracker, on_main_process
 
+from .files import write_atomically
+
 
 class JSONLinesTracker(GeneralTracker):
     """
@@ -23,7 +25,8 @@ class JSONLinesTracker(GeneralTracker):
         super().__init__()
         self.path = Path(output_dir) / "log.jsonl"
         kept = [line for line in read_log(self.path) if line["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with write_atomically(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     @property
     def tracker(self) -> Path:

@@ -110,7 +110,9 @@ def mean_loss(
 
 def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Hand the PNGs of a folder to the trackers that take pictures."""
-    pictures = {path.stem: (imread(path)[None, ..., :3] * 255).astype(np.uint8) for path in sorted(folder.glob("*.png"))}
+    pictures = {
+        path.stem: (imread(path)[None, ..., :3] * 255).astype(np.uint8) for path in sorted(folder.glob("*.png"))
+    }
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             tracker.log_images({f"validation/{name}": picture for name, picture in pictures.items()}, step=step)

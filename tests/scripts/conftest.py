@@ -1,17 +1,12 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from tests.loaders.conftest import checkpoint, networks, published  # noqa: F401, fixtures
+from tests.training.conftest import latents, train_controlnet, train_unet, train_vae, volumes  # noqa: F401, fixtures
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from .training_data import SCRIPTS, load_script  # noqa: F401, SCRIPTS for the tests
 
 
 @pytest.fixture(scope="session")
 def convert_script():
     """`scripts/convert_maisi_checkpoint.py` as a module."""
-    spec = importlib.util.spec_from_file_location("convert_maisi_checkpoint", SCRIPTS / "convert_maisi_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("convert_maisi_checkpoint")
