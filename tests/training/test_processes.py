@@ -10,6 +10,7 @@ import warnings
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from safetensors.torch import load_file
 
 from maisi_diffusers import AutoencoderKLMaisi, MaisiUNet3DConditionModel
 from maisi_diffusers.training.checkpoints import list_checkpoints
@@ -109,8 +110,11 @@ def test_same_files(outputs, name):
 @pytest.mark.slow
 def test_saved_without_the_wrapping(outputs):
     for number in ("one", "two"):
-        MaisiUNet3DConditionModel.from_pretrained(outputs / number / "train_unet" / "unet")
-        AutoencoderKLMaisi.from_pretrained(outputs / number / "train_vae")
+        unet = MaisiUNet3DConditionModel.from_pretrained(outputs / number / "train_unet" / "unet")
+        vae = AutoencoderKLMaisi.from_pretrained(outputs / number / "train_vae")
+        for model, folder in ((unet, "train_unet/unet"), (vae, "train_vae")):
+            saved = load_file(outputs / number / folder / "diffusion_pytorch_model.safetensors")
+            assert saved.keys() == model.state_dict().keys()
 
 
 # Where accelerate starts fewer processes than were asked for
