@@ -43,8 +43,9 @@ class MaisiControlNetConditioningEmbedding(nn.Module):
             self.blocks.append(nn.Conv3d(channels, next_channels, kernel_size=3, stride=2, padding=1))
         self.conv_out = zero_init(nn.Conv3d(block_out_channels[-1], out_channels, kernel_size=3, padding=1))
 
-    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        """(N, 8, X, Y, Z) -> (N, C, X/4, Y/4, Z/4)."""
+    def forward(self, conditioning: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(N, 8, X, Y, Z) of any dtype -> (N, C, X/4, Y/4, Z/4), computed in `dtype`."""
+        conditioning = conditioning.to(dtype)
         if conditioning.device.type == "cpu":  # where so few channels are twice as fast when they lie side by side
             conditioning = conditioning.contiguous(memory_format=torch.channels_last_3d)
         embedding = F.silu(self.conv_in(conditioning))
@@ -54,8 +55,8 @@ class MaisiControlNetConditioningEmbedding(nn.Module):
 
     def forward_slabs(self, conditioning: torch.Tensor, dtype: torch.dtype, run: Callable) -> torch.Tensor:
         """
-        The same in slabs along X, each through `run(function, slab)`: where that checkpoints, the activations of one
-        slab at a time are in memory, and those at full resolution are what most memory goes to.
+        The same in slabs along X, each through `run(self, slab, dtype)`: where that checkpoints, the activations of
+        one slab at a time are in memory, and those at full resolution are what most memory goes to.
 
         A slab comes with the voxels beyond its ends that its result depends on; what these give themselves is cut off.
         """
@@ -65,7 +66,7 @@ class MaisiControlNetConditioningEmbedding(nn.Module):
         for start in range(0, size, SLAB):
             stop = min(start + SLAB, size)
             first, last = max(start - SLAB_MARGIN, 0), min(stop + SLAB_MARGIN, size)
-            slab = run(lambda slab: self(slab.to(dtype)), conditioning[:, :, first * ratio : last * ratio])
+            slab = run(self, conditioning[:, :, first * ratio : last * ratio], dtype)
             slabs.append(slab[:, :, start - first : stop - first])
         return torch.cat(slabs, dim=2)
 
@@ -248,7 +249,7 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
         Returns:
             (N, C, X/4, Y/4, Z/4), for `controlnet_cond_embedding`.
         """
-        return self.controlnet_cond_embedding(controlnet_cond)
+        return self.controlnet_cond_embedding(controlnet_cond, self.dtype)
 
     def forward(
         self,
@@ -282,7 +283,7 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
                     controlnet_cond, sample.dtype, self._gradient_checkpointing_func
                 )
             else:
-                controlnet_cond_embedding = self.controlnet_cond_embedding(controlnet_cond.to(sample.dtype))
+                controlnet_cond_embedding = self.controlnet_cond_embedding(controlnet_cond, sample.dtype)
 
         # 2. down
         sample = self.conv_in(sample) + controlnet_cond_embedding
