@@ -1,12 +1,4 @@
-import pytest
-
 from tests.loaders.conftest import checkpoint, networks, published  # noqa: F401, fixtures
 from tests.training.conftest import latents, train_controlnet, train_unet, train_vae, volumes  # noqa: F401, fixtures
 
 from .training_data import SCRIPTS, load_script  # noqa: F401, SCRIPTS for the tests
-
-
-@pytest.fixture(scope="session")
-def convert_script():
-    """`scripts/convert_maisi_checkpoint.py` as a module."""
-    return load_script("convert_maisi_checkpoint")

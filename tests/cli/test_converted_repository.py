@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from maisi_diffusers.cli.convert import main
 from tests.hub_server import HubServer, process_on
 from tests.parity.monai_reference import SIZES, build_networks, network_config, save_checkpoint
 from tests.tiny import make_label_map, seeded
@@ -18,7 +19,7 @@ VARIANTS = {"float32": {}, "fp16": {"variant": "fp16", "dtype": torch.float32}}
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory, convert_script):
+def hub(tmp_path_factory):
     """With weights of both precisions in one repository."""
     folder = tmp_path_factory.mktemp("hub")
     size = SIZES["two levels"]
@@ -26,7 +27,7 @@ def hub(tmp_path_factory, convert_script):
     checkpoint = save_checkpoint(folder / "checkpoint", "rflow-ct", networks, network_config("rflow-ct", size))
     repository, half = folder / "root" / REPO, folder / "half"
     for output, options in ((repository, []), (half, ["--dtype", "float16", "--variant", "fp16"])):
-        convert_script.main([str(checkpoint), str(output), "--version", "rflow-ct", *options])
+        main([str(checkpoint), str(output), "--version", "rflow-ct", *options])
     for path in half.rglob("*.safetensors"):
         shutil.copy(path, repository / path.relative_to(half))
     hub = HubServer(folder / "root")

@@ -1,6 +1,5 @@
 """From folders of CTs and segmentations to a data set to train on, and what is said of a broken one."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,23 +12,20 @@ import pytest
 from accelerate import PartialState
 
 from maisi_diffusers.anatomy import BODY, TOTALSEGMENTATOR_CLASSES
+from maisi_diffusers.cli.prepare import main
 from maisi_diffusers.training.data_list import Case, DataList, read_data_list, write_data_list
+from tests.scripts.training_data import SCRIPTS
 from tests.tiny import SIZE, SPACING
 from tests.training.volumes import AFFINE, ct_array, in_lps, label_array, save, save_latent, without_body
-
-from .conftest import SCRIPTS
 
 SCRIPT = SCRIPTS / "prepare_dataset.py"
 CASES = ("a", "b", "c")
 
 
-@pytest.fixture(scope="module")
-def script():
-    """`scripts/prepare_dataset.py` as a module."""
-    spec = importlib.util.spec_from_file_location("prepare_dataset", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """What accelerate learned of this process is forgotten afterwards."""
+    yield
     PartialState._reset_state()
 
 
@@ -53,20 +49,20 @@ def arguments(data, *options, output="out"):
     ]
 
 
-def error_of(script, given):
-    """The line that the script ends in."""
+def error_of(given):
+    """The line that the command ends in."""
     with pytest.raises(SystemExit) as exit_:
-        script.main(given)
+        main(given)
     message = exit_.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     return message.removeprefix("error: ")
 
 
-def check(script, path, capsys):
+def check(path, capsys):
     """Exit code and lines of `--check`."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        script.main(["--check", str(path)])
+        main(["--check", str(path)])
     return exit_.value.code, capsys.readouterr().out.splitlines()
 
 
@@ -81,10 +77,10 @@ def labels_of(data, case, output="out"):
 LESION = ("--new_class", "lesion", "129")
 
 
-def test_what_is_written(script, data, capsys):
+def test_what_is_written(data, capsys):
     options = ["--new_class", "lesion", 129, data / "lesions", "--new_class", "cyst", 2, "hepatic tumor"]
     options += ["--class_organs", "lesion", "liver", "--class_organs", "lesion", "stomach", "--num_folds", 2]
-    script.main(arguments(data, *options))
+    main(arguments(data, *options))
     printed = capsys.readouterr().out
     assert files_of(data / "out").keys() == {
         "dataset.json",
@@ -119,14 +115,14 @@ def test_what_is_written(script, data, capsys):
     assert "cases by region: thorax to pelvis-lower: 3\n" in printed
 
 
-def test_the_real_torso(script, torso_ct, torso_labels, tmp_path, capsys):
+def test_the_real_torso(torso_ct, torso_labels, tmp_path, capsys):
     for folder, source in (("images", torso_ct), ("segmentations", torso_labels)):
         (tmp_path / folder).mkdir()
         shutil.copy(source, tmp_path / folder / "torso.nii.gz")
     in_lps(tmp_path / "images" / "torso.nii.gz")
     given = arguments(tmp_path, "--new_class", "bladder lesion", 129, "urinary_bladder")
     given[given.index("maisi")] = "totalsegmentator"
-    script.main(given)
+    main(given)
 
     (case,) = read_data_list(tmp_path / "out" / "dataset.json").cases
     assert (case.dim, case.spacing) == ((122, 101, 112), (3.0, 3.0, 3.0))
@@ -137,19 +133,19 @@ def test_the_real_torso(script, torso_ct, torso_labels, tmp_path, capsys):
     assert ((found == 129) == bladder).all()
     assert (found == BODY).any() and not (found == 15).any()
     assert f"median volume {bladder.sum() * 27 / 1000:.4g} ml" in capsys.readouterr().out
-    assert check(script, tmp_path / "out" / "dataset.json", capsys) == (0, ["1 cases, nothing wrong"])
+    assert check(tmp_path / "out" / "dataset.json", capsys) == (0, ["1 cases, nothing wrong"])
 
 
-def test_segmentations_in_folders_of_their_cases(script, data):
+def test_segmentations_in_folders_of_their_cases(data):
     for case in CASES:
         target = data / "segmentations" / case / "segmentation.nii.gz"
         target.parent.mkdir()
         (data / "segmentations" / f"{case}.nii.gz").rename(target)
-    script.main(arguments(data))
+    main(arguments(data))
     assert all((labels_of(data, case) == label_array()).all() for case in CASES)
 
 
-def test_one_bad_case_stops_no_other(script, data, capsys):
+def test_one_bad_case_stops_no_other(data, capsys):
     (data / "images" / "b.nii.gz").write_bytes((data / "images" / "b.nii.gz").read_bytes()[:-40])
     (data / "segmentations" / "c.nii.gz").unlink()
     save(data / "images" / "d.nii.gz", ct_array())
@@ -159,7 +155,7 @@ def test_one_bad_case_stops_no_other(script, data, capsys):
     raw[42:48] = np.full(3, 30_000, "<i2").tobytes()  # voxels along each axis
     (data / "images" / "e.nii").write_bytes(raw)
     save(data / "segmentations" / "e.nii.gz", without_body())
-    assert error_of(script, arguments(data)) == "4 of 5 cases failed and are not in the list: b, c, d, e"
+    assert error_of(arguments(data)) == "4 of 5 cases failed and are not in the list: b, c, d, e"
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith(f"b: '{data / 'images' / 'b.nii.gz'}' is damaged or cut short") for line in lines)
     assert any(line.startswith(f"c: no segmentation of this name in {data / 'segmentations'}") for line in lines)
@@ -169,39 +165,39 @@ def test_one_bad_case_stops_no_other(script, data, capsys):
     assert files_of(data / "out").keys() == {"dataset.json", "prepare.json", "labels/a.nii.gz"}
 
 
-def test_all_cases_bad(script, data):
+def test_all_cases_bad(data):
     for case in CASES:
         (data / "segmentations" / f"{case}.nii.gz").write_text("no image")
-    assert error_of(script, arguments(data)).startswith("3 of 3 cases failed")
+    assert error_of(arguments(data)).startswith("3 of 3 cases failed")
     assert not (data / "out" / "dataset.json").exists()
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_a_case_that_is_mended_keeps_the_others_folds(script, data, missing):
-    script.main(arguments(data))
+def test_a_case_that_is_mended_keeps_the_others_folds(data, missing):
+    main(arguments(data))
     expected = files_of(data / "out")
     segmentation = data / "segmentations" / "b.nii.gz"
     good = segmentation.read_bytes()
     segmentation.unlink() if missing else segmentation.write_bytes(good[:-40])
-    error_of(script, arguments(data, output="mended"))
+    error_of(arguments(data, output="mended"))
     folds = [case.fold for case in read_data_list(data / "out" / "dataset.json").cases]
     assert [case.fold for case in read_data_list(data / "mended" / "dataset.json").cases] == [folds[0], folds[2]]
     segmentation.write_bytes(good)
-    script.main(arguments(data, output="mended"))
+    main(arguments(data, output="mended"))
     assert files_of(data / "mended") == expected
 
 
-def test_warnings_are_said_of_their_case(script, data, capsys):
+def test_warnings_are_said_of_their_case(data, capsys):
     save(data / "images" / "b.nii.gz", np.full(SIZE, 40, np.int16))
-    script.main(arguments(data))
+    main(arguments(data))
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warned) == 1 and warned[0].startswith("b: warning: The CT has no air")
 
 
-def test_files_without_an_image_are_named(script, data, capsys):
+def test_files_without_an_image_are_named(data, capsys):
     save(data / "segmentations" / "z.nii.gz", without_body())
     save(data / "lesions" / "y_mask.nii.gz", label_array())
-    script.main(arguments(data, *LESION, data / "lesions"))
+    main(arguments(data, *LESION, data / "lesions"))
     lines = capsys.readouterr().err.splitlines()
     assert "--labels: warning: no image of z, left out" in lines
     assert "--new_class 'lesion': warning: no image of y_mask, left out" in lines
@@ -215,10 +211,10 @@ def muscle_alone(data):
     save(data / "segmentations" / "b.nii.gz", labels)
 
 
-def test_regions_that_no_label_tells(script, data, muscle_alone, capsys):
-    assert error_of(script, arguments(data)) == "1 of 3 cases failed and are not in the list: b"
+def test_regions_that_no_label_tells(data, muscle_alone, capsys):
+    assert error_of(arguments(data)) == "1 of 3 cases failed and are not in the list: b"
     assert "b: None of the labels [98, 200] tells the body region" in capsys.readouterr().err
-    script.main(arguments(data, "--body_region", "abdomen", "pelvis"))
+    main(arguments(data, "--body_region", "abdomen", "pelvis"))
     regions = [
         (case.top_region_index, case.bottom_region_index)
         for case in read_data_list(data / "out" / "dataset.json").cases
@@ -226,12 +222,12 @@ def test_regions_that_no_label_tells(script, data, muscle_alone, capsys):
     assert regions == [((0, 1, 0, 0), (0, 0, 0, 1)), ((0, 0, 1, 0), (0, 0, 0, 1)), ((0, 1, 0, 0), (0, 0, 0, 1))]
 
 
-def test_a_new_class_tells_no_region(script, data):
+def test_a_new_class_tells_no_region(data):
     """Label 2 was an abdominal organ to the published models."""
     labels = np.where(without_body() == 28, 28, 0).astype(np.uint8)
     for case in CASES:
         save(data / "segmentations" / f"{case}.nii.gz", labels)
-    script.main(arguments(data, "--new_class", "lung cyst", 2, data / "lesions"))
+    main(arguments(data, "--new_class", "lung cyst", 2, data / "lesions"))
     cases = read_data_list(data / "out" / "dataset.json").cases
     assert {case.bottom_region_index for case in cases} == {(0, 1, 0, 0)}
 
@@ -240,75 +236,75 @@ def times(folder):
     return {path.name: path.stat().st_mtime_ns for path in (folder / "labels").iterdir()}
 
 
-def test_running_again_keeps_what_is_there(script, data):
-    script.main(arguments(data))
+def test_running_again_keeps_what_is_there(data):
+    main(arguments(data))
     before, bytes_before = times(data / "out"), files_of(data / "out")
-    script.main(arguments(data))
+    main(arguments(data))
     assert times(data / "out") == before and files_of(data / "out") == bytes_before
     (data / "out" / "labels" / "b.nii.gz").unlink()
-    script.main(arguments(data))
+    main(arguments(data))
     after = times(data / "out")
     assert after.pop("b.nii.gz") > before.pop("b.nii.gz") and after == before
     assert files_of(data / "out") == bytes_before
 
 
-def test_the_list_is_made_anew_from_the_same_label_maps(script, data):
-    script.main(arguments(data))
+def test_the_list_is_made_anew_from_the_same_label_maps(data):
+    main(arguments(data))
     before = times(data / "out")
-    script.main(arguments(data, "--num_folds", 1))
+    main(arguments(data, "--num_folds", 1))
     assert times(data / "out") == before
     assert {case.fold for case in read_data_list(data / "out" / "dataset.json").cases} == {0}
 
 
-def test_label_maps_of_changed_files_are_made_again(script, data):
+def test_label_maps_of_changed_files_are_made_again(data):
     given = arguments(data, *LESION, data / "lesions")
-    script.main(given)
+    main(given)
     before = times(data / "out")
     newer = {case: max(before.values()) for case in ("a", "b")}
     save(data / "segmentations" / "a.nii.gz", np.where(without_body() == 26, 1, without_body()))
     os.utime(data / "segmentations" / "a.nii.gz", ns=(newer["a"] + 10**9,) * 2)
     shutil.copy2(data / "lesions" / "b.nii.gz", data / "lesions" / "c.nii.gz")  # an old file that was not there
-    script.main(given)
+    main(given)
     after = times(data / "out")
     assert [name for name in sorted(after) if after[name] != before[name]] == ["a.nii.gz", "c.nii.gz"]
     assert not (labels_of(data, "a") == 26).any() and (labels_of(data, "c") == 129).any()
 
 
-def test_other_settings_are_refused(script, data):
-    script.main(arguments(data, *LESION, data / "lesions"))
+def test_other_settings_are_refused(data):
+    main(arguments(data, *LESION, data / "lesions"))
     before = files_of(data / "out")
     record = json.loads(before["prepare.json"])
     assert record["new_class"] == [["lesion", "129", str(data / "lesions")]]
-    message = error_of(script, arguments(data, *LESION, "hepatic tumor"))
+    message = error_of(arguments(data, *LESION, "hepatic tumor"))
     assert (
         f"{data / 'out'} has label maps made with new_class=[['lesion', '129', '{data / 'lesions'}']], not " in message
     )
     assert "[['lesion', '129', 'hepatic tumor']]" in message
     assert message.endswith("--overwrite them, or choose another --output_dir")
     shutil.copytree(data / "segmentations", data / "others")
-    assert "made with labels=" in error_of(script, [*arguments(data), "--labels", str(data / "others")])
-    assert "made with modality='ct', not 'mri_t1'" in error_of(script, arguments(data, "--modality", "mri_t1"))
+    assert "made with labels=" in error_of([*arguments(data), "--labels", str(data / "others")])
+    assert "made with modality='ct', not 'mri_t1'" in error_of(arguments(data, "--modality", "mri_t1"))
     assert files_of(data / "out") == before
 
-    script.main(arguments(data, *LESION, "hepatic tumor", "--overwrite"))
+    main(arguments(data, *LESION, "hepatic tumor", "--overwrite"))
     assert (labels_of(data, "a") == 129).any() and not (labels_of(data, "a") == 26).any()
 
 
-def test_overwriting_that_was_interrupted_goes_on(script, data):
+def test_overwriting_that_was_interrupted_goes_on(data):
     """No label map of the settings before is taken for one of these."""
-    script.main(arguments(data))
+    main(arguments(data))
     old = (data / "out" / "labels" / "c.nii.gz").read_bytes()
-    script.main(arguments(data, *LESION, "hepatic tumor", "--overwrite"))
+    main(arguments(data, *LESION, "hepatic tumor", "--overwrite"))
     expected = files_of(data / "out")
     (data / "out" / "labels" / "c.nii.gz").write_bytes(old)
-    script.main(arguments(data, *LESION, "hepatic tumor"))
+    main(arguments(data, *LESION, "hepatic tumor"))
     assert files_of(data / "out") == expected
 
 
-def test_overwriting_makes_all_again(script, data):
-    script.main(arguments(data))
+def test_overwriting_makes_all_again(data):
+    main(arguments(data))
     before, bytes_before = times(data / "out"), files_of(data / "out")
-    script.main(arguments(data, "--overwrite"))
+    main(arguments(data, "--overwrite"))
     assert all(after > before[name] for name, after in times(data / "out").items())
     assert files_of(data / "out") == bytes_before
 
@@ -402,11 +398,11 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "options", "says"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused(script, data, change, options, says):
+def test_bad_input_is_refused(data, change, options, says):
     if change is not None:
         change(data)
     before = files_of(data)
-    message = error_of(script, arguments(data, *(option.format(data=data) for option in options)))
+    message = error_of(arguments(data, *(option.format(data=data) for option in options)))
     assert message.startswith(says.replace("{data}", str(data)))
     assert files_of(data) == before, "nothing is written"
 
@@ -419,23 +415,23 @@ def test_bad_input_is_refused(script, data, change, options, says):
         (["--num_folds", "many"], "argument --num_folds: invalid int value"),
     ],
 )
-def test_bad_options_are_refused(script, data, options, says, capsys):
+def test_bad_options_are_refused(data, options, says, capsys):
     with pytest.raises(SystemExit) as exit_:
-        script.main(arguments(data, *options))
+        main(arguments(data, *options))
     assert exit_.value.code == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["--images", "--labels", "--vocabulary", "--output_dir"])
-def test_what_is_needed(script, data, name, capsys):
+def test_what_is_needed(data, name, capsys):
     given = arguments(data)
     place = given.index(name)
     with pytest.raises(SystemExit) as exit_:
-        script.main(given[:place] + given[place + 2 :])
+        main(given[:place] + given[place + 2 :])
     assert exit_.value.code == 2
     assert f"argument {name} is required, unless --check is given" in capsys.readouterr().err
 
 
-def test_all_that_is_wrong_with_a_list_is_said_at_once(script, tmp_path, capsys):
+def test_all_that_is_wrong_with_a_list_is_said_at_once(tmp_path, capsys):
     ct, labels = save(tmp_path / "ct.nii.gz", ct_array()), save(tmp_path / "labels.nii.gz", label_array())
     latent = save_latent(tmp_path / "latent.nii.gz")
     good = Case(ct, labels, SIZE, SPACING, (0, 1, 0, 0), (0, 0, 0, 1))
@@ -445,7 +441,7 @@ def test_all_that_is_wrong_with_a_list_is_said_at_once(script, tmp_path, capsys)
     floating = save(tmp_path / "floating.nii.gz", label_array().astype(np.float32))
     path = tmp_path / "list.json"
     write_data_list(path, DataList([good, Case(latent, labels, SIZE, SPACING)]))
-    assert check(script, path, capsys) == (0, ["2 cases, nothing wrong"])
+    assert check(path, capsys) == (0, ["2 cases, nothing wrong"])
 
     entries = json.loads(path.read_text())["training"][:1]
     for change in [
@@ -464,7 +460,7 @@ def test_all_that_is_wrong_with_a_list_is_said_at_once(script, tmp_path, capsys)
     ]:
         entries.append({**entries[0], **change})
     path.write_text(json.dumps({"training": entries}))
-    code, lines = check(script, path, capsys)
+    code, lines = check(path, capsys)
     assert code == 1
     repeated = [line for line in lines if "is entry 0's too" in line]
     assert [line.split(":")[0] for line in repeated] == [f"entry {i}" for i in (2, 4, 5, 6, 7, 8, 9, 10)]
@@ -488,10 +484,10 @@ def test_all_that_is_wrong_with_a_list_is_said_at_once(script, tmp_path, capsys)
         assert line.startswith(f"entry {i}: {beginning.replace('{}', str(tmp_path))}")
 
 
-def test_a_list_that_is_none(script, tmp_path):
-    assert error_of(script, ["--check", str(tmp_path / "list.json")]).startswith("data list '")
+def test_a_list_that_is_none(tmp_path):
+    assert error_of(["--check", str(tmp_path / "list.json")]).startswith("data list '")
     (tmp_path / "list.json").write_text("{}")
-    assert "has no cases" in error_of(script, ["--check", str(tmp_path / "list.json")])
+    assert "has no cases" in error_of(["--check", str(tmp_path / "list.json")])
 
 
 def run(launcher, given):
@@ -506,11 +502,11 @@ TWO_PROCESSES = [
 ]
 
 
-def test_two_processes_write_the_same_bytes(script, data):
+def test_two_processes_write_the_same_bytes(data):
     """And failures of either are told."""
     (data / "segmentations" / "b.nii.gz").write_text("no image")
     failed = "error: 1 of 3 cases failed and are not in the list: b"
-    assert f"error: {error_of(script, arguments(data, *LESION, data / 'lesions'))}" == failed
+    assert f"error: {error_of(arguments(data, *LESION, data / 'lesions'))}" == failed
     done = run(TWO_PROCESSES, arguments(data, *LESION, data / "lesions", output="two"))
     assert done.returncode == 1 and failed in done.stderr.splitlines()
     assert done.stderr.count(f"b: '{data / 'segmentations' / 'b.nii.gz'}' cannot be read as NIfTI") == 1

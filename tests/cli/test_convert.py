@@ -1,4 +1,4 @@
-"""The conversion script: a diffusers repository as a whole, or one line about why not."""
+"""`maisi-ct convert`: a diffusers repository as a whole, or one line about why not."""
 
 import os
 import resource
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from maisi_diffusers import MaisiCTPipeline
+from maisi_diffusers.cli import convert as convert_module
 from tests.loaders.checkpoints import BROKEN, FILES, MARKER
-
-from .conftest import SCRIPTS
+from tests.scripts.training_data import SCRIPTS
 
 
 @pytest.fixture
@@ -22,17 +22,17 @@ def output(tmp_path):
     return tmp_path / "outputs" / "maisi-rflow-ct"
 
 
-def error_of(convert_script, *arguments):
-    """The line that the script ends in."""
+def error_of(*arguments):
+    """The line that the command ends in."""
     with pytest.raises(SystemExit) as exit_:
-        convert_script.main([str(argument) for argument in arguments])
+        convert_module.main([str(argument) for argument in arguments])
     message = exit_.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     return message
 
 
-def convert(convert_script, source, output, *options, version="rflow-ct"):
-    convert_script.main([str(source), str(output), "--version", version, *options])
+def convert(source, output, *options, version="rflow-ct"):
+    convert_module.main([str(source), str(output), "--version", version, *options])
 
 
 def files_of(folder):
@@ -60,8 +60,8 @@ def expected(published):
     return MaisiCTPipeline.from_maisi_checkpoint(published, version="rflow-ct")
 
 
-def test_repository(convert_script, published, output, expected, capsys):
-    convert(convert_script, published, output)
+def test_repository(published, output, expected, capsys):
+    convert(published, output)
     assert os.listdir(output.parent) == [output.name]
     weights = {f"{name}/diffusion_pytorch_model.safetensors" for name in FILES}
     configs = {f"{name}/config.json" for name in FILES}
@@ -78,15 +78,15 @@ def test_repository(convert_script, published, output, expected, capsys):
     assert f"wrote {output}: 7 components in float32, {size / 1e6:,.1f} MB" in printed
 
 
-def test_readable_as_any_folder(convert_script, published, output, tmp_path):
+def test_readable_as_any_folder(published, output, tmp_path):
     (tmp_path / "folder").mkdir()
-    convert(convert_script, published, output)
+    convert(published, output)
     assert output.stat().st_mode == (tmp_path / "folder").stat().st_mode
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtype_and_variant(convert_script, published, output, expected, dtype, capsys):
-    convert(convert_script, published, output, "--dtype", dtype, "--variant", "half")
+def test_dtype_and_variant(published, output, expected, dtype, capsys):
+    convert(published, output, "--dtype", dtype, "--variant", "half")
     weights = {path for path in files_of(output) if path.endswith(".safetensors")}
     assert weights == {f"{name}/diffusion_pytorch_model.half.safetensors" for name in FILES}
     pipe = MaisiCTPipeline.from_pretrained(output, variant="half", dtype=getattr(torch, dtype))
@@ -94,49 +94,49 @@ def test_dtype_and_variant(convert_script, published, output, expected, dtype, c
     assert f"components in {dtype}" in capsys.readouterr().out
 
 
-def test_shards(convert_script, published, output, expected):
-    convert(convert_script, published, output, "--max_shard_size", "1MB")
+def test_shards(published, output, expected):
+    convert(published, output, "--max_shard_size", "1MB")
     shards = [path for path in files_of(output) if path.endswith(".safetensors")]
     assert len(shards) > len(FILES) and all((output / shard).stat().st_size < 1.1e6 for shard in shards)
     assert "unet/diffusion_pytorch_model.safetensors.index.json" in files_of(output)
     assert_same(MaisiCTPipeline.from_pretrained(output), expected)
 
 
-def test_no_strict(convert_script, checkpoint, output, expected, caplog):
+def test_no_strict(checkpoint, output, expected, caplog):
     BROKEN["surplus key, controlnet"].change(checkpoint)
     with caplog.at_level("WARNING"):
-        convert(convert_script, checkpoint, output, "--no_strict")
+        convert(checkpoint, output, "--no_strict")
     assert any("surplus.weight" in record.getMessage() for record in caplog.records)
     assert_same(MaisiCTPipeline.from_pretrained(output), expected)
 
 
-def test_output_in_new_folders(convert_script, published, output):
-    convert(convert_script, published, output / "a" / "b")
+def test_output_in_new_folders(published, output):
+    convert(published, output / "a" / "b")
     assert (output / "a" / "b" / "model_index.json").is_file()
     assert os.listdir(output.parent) == [output.name] and os.listdir(output / "a") == ["b"]
 
 
-def test_output_that_is_empty(convert_script, published, output):
+def test_output_that_is_empty(published, output):
     output.mkdir()
-    convert(convert_script, published, output)
+    convert(published, output)
     assert (output / "model_index.json").is_file() and os.listdir(output.parent) == [output.name]
 
 
 @pytest.mark.parametrize("kind", ["folder with a file", "file"])
-def test_output_that_is_not_empty(convert_script, output, kind):
+def test_output_that_is_not_empty(output, kind):
     kept = output if kind == "file" else output / "kept"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("kept")
     # Refused before the source is read: this one is not there.
-    message = error_of(convert_script, "no-such-source", output, "--version", "rflow-ct")
+    message = error_of("no-such-source", output, "--version", "rflow-ct")
     assert str(output) in message and "not an empty folder" in message and "remove it or choose another" in message
     assert kept.read_text() == "kept" and len(list(output.parent.rglob("*"))) == (1 if kind == "file" else 2)
 
 
 @pytest.mark.parametrize("case", BROKEN.values(), ids=BROKEN)
-def test_nothing_is_left_of_a_broken_checkpoint(convert_script, checkpoint, output, case):
+def test_nothing_is_left_of_a_broken_checkpoint(checkpoint, output, case):
     case.change(checkpoint)
-    message = error_of(convert_script, checkpoint, output, "--version", "rflow-ct")
+    message = error_of(checkpoint, output, "--version", "rflow-ct")
     assert all(part in message for part in case.says)
     assert os.listdir(output.parent) == [] and not (checkpoint / MARKER).exists()
 
@@ -149,29 +149,29 @@ def test_nothing_is_left_of_a_broken_checkpoint(convert_script, checkpoint, outp
         (["--version", "rflow-ct", "--max_shard_size", "5XB"], "5XB"),
     ],
 )
-def test_nothing_is_left_of_wrong_options(convert_script, published, output, options, says):
-    assert says in error_of(convert_script, published, output, *options)
+def test_nothing_is_left_of_wrong_options(published, output, options, says):
+    assert says in error_of(published, output, *options)
     assert os.listdir(output.parent) == []
 
 
-def test_no_such_source(convert_script, output):
-    assert "neither a folder nor a Hub id" in error_of(convert_script, "./missing", output, "--version", "rflow-ct")
+def test_no_such_source(output):
+    assert "neither a folder nor a Hub id" in error_of("./missing", output, "--version", "rflow-ct")
     assert os.listdir(output.parent) == []
 
 
-def test_nothing_is_left_of_a_write_that_fails(convert_script, published, output):
+def test_nothing_is_left_of_a_write_that_fails(published, output):
     """As on a full disk: no file may grow beyond 2 MB, which some of the weights do."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
     try:
-        message = error_of(convert_script, published, output, "--version", "rflow-ct")
+        message = error_of(published, output, "--version", "rflow-ct")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "large" in message
     assert os.listdir(output.parent) == []
 
 
-def test_push_to_hub(convert_script, published, output, monkeypatch, capsys):
+def test_push_to_hub(published, output, monkeypatch, capsys):
     calls = []
 
     def create_repo(repo_id, exist_ok):
@@ -182,19 +182,19 @@ def test_push_to_hub(convert_script, published, output, monkeypatch, capsys):
         calls.append(("upload", repo_id, folder_path, (folder_path / "model_index.json").is_file(), commit_message))
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
-    monkeypatch.setattr(convert_script, "create_repo", create_repo)
-    monkeypatch.setattr(convert_script, "upload_folder", upload_folder)
-    convert(convert_script, published, output, "--push_to_hub", "converted")
+    monkeypatch.setattr(convert_module, "create_repo", create_repo)
+    monkeypatch.setattr(convert_module, "upload_folder", upload_folder)
+    convert(published, output, "--push_to_hub", "converted")
     assert calls == [("create", "converted", True), ("upload", "owner/converted", output, True, "Add MAISI rflow-ct")]
     assert "https://hub/commit/1" in capsys.readouterr().out
 
 
-def test_upload_that_fails_keeps_the_output(convert_script, published, output, monkeypatch):
+def test_upload_that_fails_keeps_the_output(published, output, monkeypatch):
     def create_repo(repo_id, exist_ok):
         raise ConnectionError("401 Client Error.\n\nlog in first")
 
-    monkeypatch.setattr(convert_script, "create_repo", create_repo)
-    message = error_of(convert_script, published, output, "--version", "rflow-ct", "--push_to_hub", "owner/converted")
+    monkeypatch.setattr(convert_module, "create_repo", create_repo)
+    message = error_of(published, output, "--version", "rflow-ct", "--push_to_hub", "owner/converted")
     assert f"{output} is complete, but not uploaded to owner/converted: 401 Client Error. log in first" in message
     assert (output / "model_index.json").is_file()
 

@@ -1,0 +1,1 @@
+from tests.loaders.conftest import checkpoint, networks, published  # noqa: F401, fixtures
