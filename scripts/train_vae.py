@@ -1,5 +1,6 @@
 r"""
-Train the image VAE of MAISI on patches of CT or MR volumes: go on with a model's own, or train a new one.
+Train a VAE of MAISI on patches: go on with a model's own, or train a new one. Its config says which of the two it is:
+the image VAE (1 channel in and out), on CT or MR volumes, or the mask VAE (8 in, 125 out), on their label maps.
 
 Example:
 
@@ -8,14 +9,18 @@ accelerate launch scripts/train_vae.py --vae_model_name_or_path maisi-rflow-ct/v
     --output_dir vae --patch_size 64
 accelerate launch scripts/train_vae.py --vae_model_name_or_path vae \
     --discriminator_model_name_or_path vae/discriminator --data_list dataset.json --output_dir vae-128 --patch_size 128
+accelerate launch scripts/train_vae.py --vae_config_name_or_path mask_vae/config.json --data_list dataset.json \
+    --output_dir mask-vae --patch_size 64
 ```
+
+Kidney cysts are part of their kidney for a mask VAE. Labels that it has no output for, which are seven of the eight
+free ones, are an error.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate.logging import get_logger
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -25,12 +30,13 @@ from maisi_diffusers.training.data_list import read_data_list, split_fold
 from maisi_diffusers.training.discriminator import MaisiPatchDiscriminator
 from maisi_diffusers.training.files import write_files_atomically
 from maisi_diffusers.training.loop import Trainer
+from maisi_diffusers.training.mask_classes import check_mask_labels
 from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimizer
-from maisi_diffusers.training.patches import PatchDataset
 from maisi_diffusers.training.perceptual import load_perceptual_loss
 from maisi_diffusers.training.randomness import case_generator
 from maisi_diffusers.training.run import make_accelerator, push_to_hub, run_script, save_trained, write_model_card
 from maisi_diffusers.training.vae_losses import adversarial_loss, kl_loss
+from maisi_diffusers.training.vae_objectives import ImageObjective, LabelObjective, objective_class
 
 logger = get_logger(__name__)
 
@@ -43,23 +49,23 @@ class Reconstruction(torch.nn.Module):
         self.vae = vae
 
     def forward(
-        self, image: torch.Tensor, generators: list[torch.Generator]
+        self, sample: torch.Tensor, generators: list[torch.Generator]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(N, 1, X, Y, Z) -> reconstruction from a draw, and mean and log-variance (N, C, X/4, Y/4, Z/4)."""
-        posterior = self.vae.encode(image).latent_dist
-        noise = randn_tensor(posterior.mean.shape, generator=generators, device=image.device, dtype=image.dtype)
+        """(N, in_channels, X, Y, Z) -> reconstruction from a draw, mean and log-variance (N, C, X/4, Y/4, Z/4)."""
+        posterior = self.vae.encode(sample).latent_dist
+        noise = randn_tensor(posterior.mean.shape, generator=generators, device=sample.device, dtype=sample.dtype)
         reconstruction = self.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0]
         return reconstruction, posterior.mean, posterior.logvar
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parser = argparse.ArgumentParser(description="Train the image VAE of MAISI.")
+    parser = argparse.ArgumentParser(description="Train a VAE of MAISI, of images or of label maps.")
     group = parser.add_argument_group("model")
     group.add_argument("--vae_model_name_or_path", help="VAE to go on with: a folder or a Hub id")
     group.add_argument("--vae_config_name_or_path", help="train a new VAE with this config: a JSON file or folder")
     group.add_argument(
-        "--discriminator_model_name_or_path", help="discriminator to go on with; a new one if not given"
+        "--discriminator_model_name_or_path", help="discriminator of images to go on with; a new one if not given"
     )
     group.add_argument("--cache_dir", help="folder for models from the Hub")
     add_run_arguments(parser)
@@ -69,11 +75,21 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--patches_per_case", type=int, default=1, help="patches of a volume to an epoch")
     group.add_argument("--cached_cases", type=int, default=0, help="volumes to keep in memory")
     group.add_argument("--no_augmentation", action="store_true", help="the middle of each volume, as it is")
-    group = parser.add_argument_group("losses")
+    parser.add_argument("--kl_weight", type=float, default=1e-7, help="of the divergence, summed over a latent")
+    group = parser.add_argument_group("losses of an image VAE")
     group.add_argument("--perceptual_weight", type=float, default=0.3, help="0 needs no pretrained network")
     group.add_argument("--perceptual_network", choices=["squeeze", "alex", "vgg"], default="squeeze")
-    group.add_argument("--kl_weight", type=float, default=1e-7)
     group.add_argument("--adversarial_weight", type=float, default=0.1, help="0 leaves the discriminator out")
+    group = parser.add_argument_group("losses of a mask VAE")
+    group.add_argument("--cross_entropy_weight", type=float, default=1.0)
+    group.add_argument("--dice_weight", type=float, default=1.0, help="of 1 - Dice, in which all classes count alike")
+    group.add_argument(
+        "--class_balance",
+        type=float,
+        default=0.5,
+        help="a voxel's weight in the cross-entropy is the size of its class to minus this: 0 to weigh voxels alike, "
+        "1 classes",
+    )
     return parser
 
 
@@ -118,78 +134,71 @@ def train(args: argparse.Namespace) -> None:
     vae = load_vae(args).train()
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    discriminator = load_discriminator(args).train()
+    kind = objective_class(vae.config)
+    networks = [Reconstruction(vae)]
     perceptual = None
-    if args.perceptual_weight:
-        perceptual = load_perceptual_loss(args.perceptual_network).to(accelerator.device)
+    if kind is LabelObjective:
+        check_mask_labels(data_list.label_names.values(), f"data list {str(args.data_list)!r}")
+    else:
+        if args.adversarial_weight:
+            networks.append(load_discriminator(args).train())
+        if args.perceptual_weight:
+            perceptual = load_perceptual_loss(args.perceptual_network).to(accelerator.device)
 
     # 2. Data, optimisers
-    dataset = PatchDataset(
+    dataset = kind.dataset_class(
         train_cases, patch_size, not args.no_augmentation, args.seed, args.patches_per_case, args.cached_cases
     )
-    validation_set = PatchDataset(held_out, patch_size, augment=False)
+    validation_set = kind.dataset_class(held_out, patch_size, augment=False)
     dataloader = torch.utils.data.DataLoader(
         dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers
     )
-    optimizer = make_optimizer(vae.parameters(), args)
-    discriminator_optimizer = make_optimizer(discriminator.parameters(), args)
-    model, discriminator, optimizer, discriminator_optimizer, dataloader = accelerator.prepare(
-        Reconstruction(vae), discriminator, optimizer, discriminator_optimizer, dataloader
-    )
-    frozen_discriminator = accelerator.unwrap_model(discriminator)
+    optimizers = [make_optimizer(network.parameters(), args) for network in networks]
+    dataloader, *prepared = accelerator.prepare(dataloader, *networks, *optimizers)
+    networks, optimizers = prepared[: len(networks)], prepared[len(networks) :]
+    model, discriminator = networks if len(networks) == 2 else (networks[0], None)
     item_cases = [case for case in train_cases for _ in range(args.patches_per_case)]
-    trainer = Trainer(accelerator, args, dataloader, item_cases, [model, discriminator])
-    lr_scheduler, discriminator_lr_scheduler = accelerator.prepare(
-        *(
-            make_lr_scheduler(one, args, trainer.max_train_steps, accelerator.num_processes)
-            for one in (optimizer, discriminator_optimizer)
-        )
-    )
+    trainer = Trainer(accelerator, args, dataloader, item_cases, networks)
+    lr_schedulers = [
+        accelerator.prepare(make_lr_scheduler(one, args, trainer.max_train_steps, accelerator.num_processes))
+        for one in optimizers
+    ]
 
     # 3. Steps
     def draws(batch: dict, purpose: str) -> list[torch.Generator]:
         return [case_generator(args.seed, trainer.epoch, index, purpose) for index in batch["index"].tolist()]
 
-    def train_step(batch: dict) -> dict[str, torch.Tensor]:
-        image = batch["image"]
-        reconstruction, mean, logvar = model(image, draws(batch, "posterior"))
-        reconstruction = reconstruction.float()
-        losses = {
-            "reconstruction_loss": F.l1_loss(reconstruction, image),
-            "kl_loss": kl_loss(mean.float(), logvar.float()),
-        }
-        loss = losses["reconstruction_loss"] + args.kl_weight * losses["kl_loss"]
-        if perceptual is not None:
-            losses["perceptual_loss"] = perceptual(reconstruction, image, draws(batch, "perceptual"))
-            loss = loss + args.perceptual_weight * losses["perceptual_loss"]
-        if args.adversarial_weight:
-            # Unwrapped and frozen: its own gradients are not for this step.
-            frozen_discriminator.requires_grad_(False)
-            losses["adversarial_loss"] = adversarial_loss(frozen_discriminator(reconstruction), is_real=True)
-            frozen_discriminator.requires_grad_(True)
-            loss = loss + args.adversarial_weight * losses["adversarial_loss"]
-        trainer.update(loss, model, optimizer, lr_scheduler)
+    if kind is LabelObjective:
+        objective = LabelObjective(args.cross_entropy_weight, args.dice_weight, args.class_balance)
+    else:
+        unwrapped = None if discriminator is None else accelerator.unwrap_model(discriminator)
+        objective = ImageObjective(args.perceptual_weight, perceptual, args.adversarial_weight, unwrapped, draws)
+    weights = objective.weights | {"kl_loss": args.kl_weight}
 
-        if args.adversarial_weight:
-            fake, real = discriminator(torch.cat([reconstruction.detach(), image])).float().chunk(2)
+    def train_step(batch: dict) -> dict[str, torch.Tensor]:
+        reconstruction, mean, logvar = model(objective.vae_input(batch), draws(batch, "posterior"))
+        losses = objective.losses(batch, reconstruction.float()) | {"kl_loss": kl_loss(mean, logvar)}
+        loss = sum(weights[name] * value for name, value in losses.items())
+        trainer.update(loss, model, optimizers[0], lr_schedulers[0])
+
+        if discriminator is not None:
+            fake, real = discriminator(torch.cat([reconstruction.detach(), batch["image"]])).float().chunk(2)
             discriminator_loss = (adversarial_loss(fake, is_real=False) + adversarial_loss(real, is_real=True)) / 2
-            trainer.update(discriminator_loss, discriminator, discriminator_optimizer, discriminator_lr_scheduler)
+            trainer.update(discriminator_loss, discriminator, optimizers[1], lr_schedulers[1])
             losses["discriminator_loss"] = discriminator_loss
         return {"loss": loss, **losses}
 
     @torch.no_grad()
     def validate(step: int) -> dict[str, float]:
-        errors = []
+        metrics = []
         for i in range(len(validation_set)):
-            image = validation_set[i]["image"][None].to(accelerator.device)
-            errors.append((vae(image, return_dict=False)[0].float() - image)[0])
-        l1 = torch.stack([error.abs().mean() for error in errors]).mean()
-        psnr = torch.stack([-10 * error.square().mean().log10() for error in errors]).mean()
-        return {"validation_l1": l1.item(), "validation_psnr": psnr.item()}
+            batch = {name: value[None].to(accelerator.device) for name, value in validation_set[i].items()}
+            metrics.append(objective.metrics(batch, vae(objective.vae_input(batch), return_dict=False)[0].float()))
+        return {f"validation_{name}": torch.stack([one[name] for one in metrics]).mean().item() for name in metrics[0]}
 
     def save_networks(folder: Path) -> None:
         save_trained(accelerator, model, None, lambda model: model.vae.save_pretrained(folder))
-        if args.adversarial_weight:
+        if discriminator is not None:
             save_trained(
                 accelerator, discriminator, None, lambda model: model.save_pretrained(folder / "discriminator")
             )
@@ -204,8 +213,8 @@ def train(args: argparse.Namespace) -> None:
         save_networks(temporary)
     if accelerator.is_main_process:
         description = (
-            f"A VAE of MAISI, trained for {trainer.global_step} steps on {len(train_cases)} volumes. Load it with "
-            "`AutoencoderKLMaisi.from_pretrained`, encode a data set with `scripts/encode_latents.py --vae`."
+            f"A VAE of MAISI, trained for {trainer.global_step} steps on {len(train_cases)} {kind.of}. Load it "
+            "with `AutoencoderKLMaisi.from_pretrained`, encode a data set with `scripts/encode_latents.py --vae`."
         )
         write_model_card(Path(args.output_dir), args.vae_model_name_or_path, description, ["vae"])
         if args.push_to_hub:

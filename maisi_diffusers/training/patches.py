@@ -1,8 +1,8 @@
-"""Patches of CT and MR volumes, for the training of the VAE."""
+"""Patches of CT and MR volumes and of label maps, for the training of the VAEs."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from ..imaging import from_hu, is_ct, load_volume, modality_code, to_ras
 from .data_list import Case
+from .mask_classes import load_mask_labels
 from .randomness import case_generator
 
 # The VAE halves the grid twice.
@@ -55,6 +56,9 @@ class PatchDataset(torch.utils.data.Dataset):
             read (see [`load_volume`]), once it is its turn.
     """
 
+    source = "image"  # of a case
+    item_name = "image"
+
     def __init__(
         self,
         cases: list[Case],
@@ -74,10 +78,17 @@ class PatchDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"patch_size=None takes whole volumes, which are not augmented: give multiples of {MULTIPLE}"
             )
-        missing = [str(case.image) for case in cases if not case.image.is_file()]
+        bare = [str(case.image) for case in cases if getattr(case, self.source) is None]
+        if bare:
+            raise ValueError(
+                f"{len(bare)} of the {len(cases)} cases have no {self.source}, that of {bare[0]!r} first: correct the "
+                "data list"
+            )
+        missing = [str(path) for case in cases if not (path := getattr(case, self.source)).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{len(missing)} of the {len(cases)} volumes do not exist, {missing[0]!r} first: correct the data list"
+                f"{len(missing)} of the {len(cases)} {self.source}s do not exist, {missing[0]!r} first: correct the "
+                "data list"
             )
         self.cases = cases
         self.patch_size = patch_size
@@ -85,7 +96,7 @@ class PatchDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.patches_per_case = patches_per_case
         with ThreadPoolExecutor() as pool:
-            self._cache = dict(enumerate(pool.map(Volume.load, cases[:cached_cases])))
+            self._cache = dict(enumerate(pool.map(self.load, cases[:cached_cases])))
         # In shared memory, for workers that outlive an epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -98,33 +109,116 @@ class PatchDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         number = index // self.patches_per_case
-        volume = self._cache[number] if number in self._cache else Volume.load(self.cases[number])
+        volume = self._cache[number] if number in self._cache else self.load(self.cases[number])
         if self.augment:
             generator = case_generator(self.seed, int(self._epoch), index, "patch")
             place = torch.rand(3, generator=generator).tolist()
-            image = Augmentation.draw(generator).patch(volume, self.patch_size, place)
+            patch = self.draw_augmentation(generator).patch(volume, self.patch_size, place)
         else:
             shape = volume.voxels.shape
             size = self.patch_size or tuple(-(-length // MULTIPLE) * MULTIPLE for length in shape)
-            image = volume.crop([(length - n) // 2 for length, n in zip(shape, size)], size)
-        return {"image": image, "index": torch.tensor(index)}
+            patch = volume.crop([(length - n) // 2 for length, n in zip(shape, size)], size)
+        return {self.item_name: patch, "index": torch.tensor(index)}
+
+    def load(self, case: Case) -> "Voxels":
+        """What the patches of a case are taken from."""
+        return Volume.load(case)
+
+    def draw_augmentation(self, generator: torch.Generator) -> "Augmentation":
+        """What is done to a patch."""
+        return Augmentation.draw(generator)
+
+
+class LabelPatchDataset(PatchDataset):
+    """
+    Patches of the label maps of a data list, as [`PatchDataset`] takes them of its volumes.
+
+    Args:
+        cases: entries with a `label`.
+        augment: take patches at random places, zoom and turn them a little. They are not mirrored nor turned by
+            quarters: that what is left is left and what is above is above helps to tell 125 labels by 4 channels.
+
+    Items, tensors that collate to a batch:
+        labels (1, X, Y, Z) uint8: in RAS+, of [`MASK_VAE_LABELS`], kidney cysts as their kidney. Outside of the map
+            it is 0, background.
+        index () int64: which item it is.
+
+    Raises:
+        FileNotFoundError: for a label map that does not exist.
+        ValueError: as [`PatchDataset`]; for a case without label map; for a label map that [`load_mask_labels`]
+            refuses, once it is its turn.
+    """
+
+    source = "label"
+    item_name = "labels"
+
+    def load(self, case: Case) -> "Voxels":
+        """What the patches of a case are taken from."""
+        return LabelMap.load(case)
+
+    def draw_augmentation(self, generator: torch.Generator) -> "Augmentation":
+        """What is done to a patch."""
+        return Augmentation.draw_for_labels(generator)
 
 
 @dataclass(frozen=True)
-class Volume:
+class Voxels:
     """
-    A volume in memory, in its file's data type; intensities are computed for what is cropped.
+    What patches are taken from, in memory, in its file's data type; `values` are computed for what is cropped.
 
     Args:
         voxels (X, Y, Z): in RAS+, as stored.
+    """
+
+    voxels: np.ndarray
+
+    interpolation: ClassVar[str]
+
+    def values(self, voxels: np.ndarray) -> torch.Tensor:
+        """What a patch holds where its voxels are stored as these."""
+        raise NotImplementedError
+
+    def crop(self, start: list[int], size: tuple[int, int, int]) -> torch.Tensor:
+        """Values (1, X, Y, Z) of this size from this voxel on, either of which may lie outside: 0 there."""
+        window, pad = [], []
+        for begin, n, length in zip(start, size, self.voxels.shape):
+            first, end = min(max(begin, 0), length), min(max(begin + n, 0), length)
+            window.append(slice(first, end))
+            pad = [first - begin, begin + n - end, *pad]  # torch pads the last axis first
+        return F.pad(self.values(self.voxels[tuple(window)]), pad)[None]
+
+
+@dataclass(frozen=True)
+class LabelMap(Voxels):
+    """A label map in memory; its values are its labels."""
+
+    interpolation: ClassVar[str] = "nearest"
+
+    @classmethod
+    def load(cls, case: Case) -> Self:
+        """Read the label map of a case; raises what [`load_mask_labels`] raises."""
+        return cls(np.asarray(load_mask_labels(case.label).dataobj))
+
+    def values(self, voxels: np.ndarray) -> torch.Tensor:
+        """Labels, uint8."""
+        return torch.from_numpy(np.ascontiguousarray(voxels))
+
+
+@dataclass(frozen=True)
+class Volume(Voxels):
+    """
+    A volume in memory; its values are VAE intensities.
+
+    Args:
         code: of the modality.
         low, high: intensities of an MR volume that become 0 and 1.
     """
 
-    voxels: np.ndarray
     code: int
     low: float = 0.0
     high: float = 1.0
+
+    interpolation: ClassVar[str] = "bilinear"
 
     @classmethod
     def load(cls, case: Case) -> Self:
@@ -134,19 +228,12 @@ class Volume:
             return cls(voxels, code)
         return cls(voxels, code, *np.percentile(voxels, (0, MR_HIGH_PERCENTILE)).tolist())
 
-    def crop(self, start: list[int], size: tuple[int, int, int]) -> torch.Tensor:
-        """VAE intensities (1, X, Y, Z) of this size from this voxel on, either of which may lie outside: 0 there."""
-        window, pad = [], []
-        for begin, n, length in zip(start, size, self.voxels.shape):
-            first, end = min(max(begin, 0), length), min(max(begin + n, 0), length)
-            window.append(slice(first, end))
-            pad = [first - begin, begin + n - end, *pad]  # torch pads the last axis first
-        voxels = torch.from_numpy(np.ascontiguousarray(self.voxels[tuple(window)], dtype=np.float32))
+    def values(self, voxels: np.ndarray) -> torch.Tensor:
+        """VAE intensities, float32."""
+        voxels = torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float32))
         if is_ct(self.code):
-            voxels = from_hu(voxels, self.code)
-        else:
-            voxels = (voxels - self.low) / ((self.high - self.low) or 1.0)  # a volume of one value becomes 0
-        return F.pad(voxels, pad)[None]
+            return from_hu(voxels, self.code)
+        return (voxels - self.low) / ((self.high - self.low) or 1.0)  # a volume of one value becomes 0
 
 
 @dataclass(frozen=True)
@@ -173,25 +260,29 @@ class Augmentation:
     @classmethod
     def draw(cls, generator: torch.Generator) -> Self:
         """As likely as published."""
-
-        def happens(chance: float) -> bool:
-            return torch.rand((), generator=generator).item() < chance
-
-        def uniform(low: float, high: float) -> float:
-            return low + (high - low) * torch.rand((), generator=generator).item()
-
-        return cls(
-            zoom=uniform(*ZOOM) if happens(CHANCE) else 1.0,
-            angles=tuple(uniform(*ANGLE) for _ in range(3)) if happens(CHANCE) else (0.0, 0.0, 0.0),
-            flips=tuple(axis for axis in range(3) if happens(FLIP_CHANCE)),
+        return replace(
+            cls.draw_for_labels(generator),
+            flips=tuple(axis for axis in range(3) if _happens(FLIP_CHANCE, generator)),
             turns=tuple(
-                (*plane, int(torch.randint(1, 4, (), generator=generator))) for plane in PLANES if happens(TURN_CHANCE)
+                (*plane, int(torch.randint(1, 4, (), generator=generator)))
+                for plane in PLANES
+                if _happens(TURN_CHANCE, generator)
             ),
-            scale=uniform(*SCALE) if happens(CHANCE) else 1.0,
-            shift=uniform(*SHIFT) if happens(CHANCE) else 0.0,
+            scale=_uniform(SCALE, generator) if _happens(CHANCE, generator) else 1.0,
+            shift=_uniform(SHIFT, generator) if _happens(CHANCE, generator) else 0.0,
         )
 
-    def patch(self, volume: Volume, size: tuple[int, int, int], place: list[float]) -> torch.Tensor:
+    @classmethod
+    def draw_for_labels(cls, generator: torch.Generator) -> Self:
+        """Zoom and rotation alone, as likely as published for images."""
+        return cls(
+            zoom=_uniform(ZOOM, generator) if _happens(CHANCE, generator) else 1.0,
+            angles=tuple(_uniform(ANGLE, generator) for _ in range(3))
+            if _happens(CHANCE, generator)
+            else (0.0, 0.0, 0.0),
+        )
+
+    def patch(self, volume: Voxels, size: tuple[int, int, int], place: list[float]) -> torch.Tensor:
         """
         Take a patch.
 
@@ -216,9 +307,11 @@ class Augmentation:
         patch = patch.flip([axis + 1 for axis in self.flips])
         for first, second, quarters in self.turns:
             patch = patch.rot90(quarters, (first + 1, second + 1))
+        if (self.scale, self.shift) == (1.0, 0.0):
+            return patch
         return patch * self.scale + self.shift
 
-    def _resample(self, volume: Volume, size: tuple[int, int, int], place: list[float]) -> torch.Tensor:
+    def _resample(self, volume: Voxels, size: tuple[int, int, int], place: list[float]) -> torch.Tensor:
         """
         Zoom and rotate what the patch shows of the volume, and nothing else.
 
@@ -247,7 +340,18 @@ class Augmentation:
         theta[:, 3] = 2 * (centre - first) / region - 1
         theta = torch.tensor(theta[::-1, [2, 1, 0, 3]].copy(), dtype=torch.float32)
         grid = F.affine_grid(theta[None], [1, 1, *size.tolist()], align_corners=False)
-        return F.grid_sample(crop[None], grid, padding_mode="border", align_corners=False)[0]
+        mode = volume.interpolation
+        patch = F.grid_sample(crop[None].float(), grid, mode, padding_mode="border", align_corners=False)[0]
+        return patch.to(crop.dtype)
+
+
+def _happens(chance: float, generator: torch.Generator) -> bool:
+    return torch.rand((), generator=generator).item() < chance
+
+
+def _uniform(limits: tuple[float, float], generator: torch.Generator) -> float:
+    low, high = limits
+    return low + (high - low) * torch.rand((), generator=generator).item()
 
 
 def _swapped(size: tuple[int, int, int], first: int, second: int) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
-"""The losses of VAE training that torch does not have, as published."""
+"""The losses of VAE training that torch does not have: of the image VAE as published, of the mask VAE ours."""
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def kl_loss(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -32,3 +33,55 @@ def adversarial_loss(logits: torch.Tensor, is_real: bool) -> torch.Tensor:
         is_real: what they should say.
     """
     return (F.leaky_relu(logits.float(), 0.05) - float(is_real)).square().mean()
+
+
+def label_losses(logits: torch.Tensor, classes: torch.Tensor, balance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How far the mask VAE's output is from a label map, such that thin structures count beside the body: weighted
+    cross-entropy, and a soft Dice loss in which every class that a map has counts alike, whatever its size.
+
+    One map after the other, and recomputed for the gradients: besides the logits and their gradients, no more than a
+    few times the logits of one map are in memory.
+
+    Args:
+        logits (N, C, X, Y, Z): a channel a class.
+        classes (N, 1, X, Y, Z): int64.
+        balance: a voxel weighs `n ** -balance`, with n the voxels of its class in the map. 0 weighs all voxels
+            alike, 1 all classes.
+
+    Returns:
+        cross-entropy, and 1 minus the Dice score, both means over the maps.
+    """
+    of_each = [checkpoint(_losses_of_map, *pair, balance, use_reentrant=False) for pair in zip(logits, classes)]
+    cross_entropy, dice_loss = zip(*of_each)
+    return torch.stack(cross_entropy).mean(), torch.stack(dice_loss).mean()
+
+
+def _losses_of_map(logits: torch.Tensor, classes: torch.Tensor, balance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probabilities = logits.float().flatten(1).log_softmax(0)
+    classes = classes.flatten()
+    sizes = classes.bincount(minlength=len(logits))
+    log_own = log_probabilities.gather(0, classes[None])[0]  # of the class that a voxel has
+
+    weights = sizes.clamp(min=1).float().pow(-balance)[classes]
+    cross_entropy = -(weights * log_own).sum() / weights.sum()
+
+    overlaps = torch.zeros_like(log_probabilities[:, 0]).index_add(0, classes, log_own.exp())
+    dice = 2 * overlaps / (log_probabilities.exp().sum(1) + sizes)
+    return cross_entropy, 1 - dice[sizes > 0].mean()
+
+
+def dice_and_accuracy(predicted: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Dice score of a label map, the mean over the classes that it has, and the share of its voxels that are right.
+
+    Args:
+        predicted (X, Y, Z): the class of every voxel, int64.
+        classes (X, Y, Z): what it should be, int64.
+    """
+    predicted, classes = predicted.flatten(), classes.flatten()
+    is_right = predicted == classes
+    length = int(max(predicted.max(), classes.max())) + 1
+    sizes = classes.bincount(minlength=length)
+    dice = 2 * classes[is_right].bincount(minlength=length) / (sizes + predicted.bincount(minlength=length))
+    return dice[sizes > 0].mean(), is_right.float().mean()

@@ -6,15 +6,16 @@ import torch
 from safetensors.torch import load_file
 
 from maisi_diffusers import AutoencoderKLMaisi
+from maisi_diffusers.anatomy import MASK_VAE_LABELS, label_bits
 from maisi_diffusers.training.checkpoints import list_checkpoints
-from maisi_diffusers.training.data_list import read_data_list, split_fold
+from maisi_diffusers.training.data_list import DataList, read_data_list, split_fold, write_data_list
 from maisi_diffusers.training.discriminator import MaisiPatchDiscriminator
-from maisi_diffusers.training.patches import PatchDataset
+from maisi_diffusers.training.patches import LabelPatchDataset, PatchDataset
 from maisi_diffusers.training.randomness import case_generator
 from maisi_diffusers.training.trackers import read_log
 from maisi_diffusers.training.vae_losses import adversarial_loss
 
-from .training_data import interrupt, on_volumes, run
+from .training_data import error_of, interrupt, on_volumes, run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTIONS = ["--patch_size", 24, "--max_train_steps", 5, "--checkpointing_steps", 2, "--train_batch_size", 2]
@@ -147,3 +148,90 @@ def test_it_learns(train_vae, volumes, tmp_path):
     run(train_vae, *on_volumes(volumes, tmp_path, *vae, *options))
     losses = [line["reconstruction_loss"] for line in read_log(tmp_path / "log.jsonl")]
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+# Label maps
+
+
+MASK_OPTIONS = ["--patch_size", 16, "--max_train_steps", 10, "--checkpointing_steps", 4, "--train_batch_size", 2]
+MASK_OPTIONS += ["--learning_rate", 3e-3, "--validation_steps", 10, "--checkpoints_total_limit", 1]
+
+
+def on_label_maps(data, output, *options):
+    """Arguments of a training on what [`make_label_maps`] wrote."""
+    source = ["--vae_model_name_or_path", data / "vae", "--data_list", data / "list.json"]
+    return [*source, "--output_dir", output, *options]
+
+
+@pytest.fixture(scope="module")
+def mask_vae(train_vae, label_maps, tmp_path_factory):
+    output = tmp_path_factory.mktemp("training") / "mask-vae"
+    run(train_vae, *on_label_maps(label_maps, output, *MASK_OPTIONS))
+    return output
+
+
+def test_mask_vae_learns(mask_vae, label_maps):
+    names = {"config.json", WEIGHTS, "README.md", "args.json", "log.jsonl", "checkpoint-8"}
+    assert {path.name for path in mask_vae.iterdir()} == names
+    assert "2 label maps" in (mask_vae / "README.md").read_text()
+    log = read_log(mask_vae / "log.jsonl")
+    losses = log[:-1]
+    for line in losses:
+        assert line.keys() == {"step", "loss", "cross_entropy_loss", "dice_loss", "kl_loss"}
+        parts = line["cross_entropy_loss"] + line["dice_loss"] + 1e-7 * line["kl_loss"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+    assert np.mean([line["loss"] for line in losses[-3:]]) < 0.8 * np.mean([line["loss"] for line in losses[:3]])
+    vae, base = (AutoencoderKLMaisi.from_pretrained(folder) for folder in (mask_vae, label_maps / "vae"))
+    assert not [name for name, weight in vae.state_dict().items() if torch.equal(weight, base.state_dict()[name])]
+
+
+def test_validation_of_a_mask_vae(mask_vae, label_maps):
+    """Dice of the labels that the middle of a held-out map has, and accuracy, decoded from the posterior's mean."""
+    vae = AutoencoderKLMaisi.from_pretrained(mask_vae)
+    _, held_out = split_fold(read_data_list(label_maps / "list.json").cases, 0)
+    dataset = LabelPatchDataset(held_out, 16, augment=False)
+    accuracies, scores = [], []
+    for i in range(len(dataset)):
+        labels = dataset[i]["labels"]
+        with torch.no_grad():
+            logits = vae(label_bits(labels[None])).sample[0]
+        predicted = torch.tensor(MASK_VAE_LABELS)[logits.argmax(0)]
+        accuracies.append((predicted == labels[0]).float().mean().item())
+        pairs = [(predicted == label, labels[0] == label) for label in labels.unique()]
+        scores.append(np.mean([2 * (p & t).sum().item() / (p.sum() + t.sum()).item() for p, t in pairs]))
+    logged = read_log(mask_vae / "log.jsonl")[-1]
+    assert logged.keys() == {"step", "validation_dice", "validation_accuracy"}
+    assert logged["validation_accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-4)
+    assert logged["validation_dice"] == pytest.approx(np.mean(scores), abs=1e-4)
+
+
+def test_mask_vae_interrupted(train_vae, label_maps, mask_vae, tmp_path):
+    arguments = on_label_maps(label_maps, tmp_path, *MASK_OPTIONS, "--resume_from_checkpoint", "latest")
+    interrupt(train_vae, 6, *arguments)
+    run(train_vae, *arguments)
+    assert (tmp_path / "log.jsonl").read_text() == (mask_vae / "log.jsonl").read_text()
+    assert (tmp_path / WEIGHTS).read_bytes() == (mask_vae / WEIGHTS).read_bytes()
+
+
+def test_weights_of_a_mask_vae(train_vae, label_maps, tmp_path):
+    options = ["--patch_size", 16, "--max_train_steps", 1, "--class_balance", 0, "--no_augmentation"]
+    weights = ["--cross_entropy_weight", 0.5, "--dice_weight", 2, "--kl_weight", 1e-3]
+    run(train_vae, *on_label_maps(label_maps, tmp_path, *options, *weights))
+    (line,) = read_log(tmp_path / "log.jsonl")
+    parts = 0.5 * line["cross_entropy_loss"] + 2 * line["dice_loss"] + 1e-3 * line["kl_loss"]
+    assert line["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_what_a_mask_vae_cannot_learn(train_vae, label_maps, tmp_path):
+    """New classes without an output, and VAEs of another kind, before anything is trained."""
+    cases = read_data_list(label_maps / "list.json").cases
+    write_data_list(tmp_path / "list.json", DataList(cases, {"kidney tumor": 130}))
+    arguments = on_label_maps(label_maps, tmp_path / "output")
+    arguments[arguments.index("--data_list") + 1] = tmp_path / "list.json"
+    assert "list.json' has labels [130], which the mask VAE has no output for" in error_of(train_vae, *arguments)
+
+    AutoencoderKLMaisi(8, 100, (16, 16), 1, norm_num_groups=8).save_pretrained(tmp_path / "other")
+    arguments = on_label_maps(label_maps, tmp_path / "output")
+    arguments[arguments.index("--vae_model_name_or_path") + 1] = tmp_path / "other"
+    assert "in_channels=8 and out_channels=100 is neither one of images, 1 and 1" in error_of(train_vae, *arguments)
+    assert not list((tmp_path / "output").glob("*.json"))

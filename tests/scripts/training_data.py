@@ -73,6 +73,20 @@ def make_volumes(folder: Path) -> Path:
     return folder
 
 
+def make_label_maps(folder: Path) -> Path:
+    """Write four label maps of 24 x 16 x 32 voxels in two folds, `list.json`, and a mask VAE for them, `vae`."""
+    make_pipeline().mask_vae.save_pretrained(folder / "vae")
+    cases = []
+    for i in range(4):
+        case = Case(folder / f"case-{i}.nii.gz", folder / f"case-{i}_label.nii.gz", fold=i % 2)
+        label_map = make_label_map()
+        np.asarray(label_map.dataobj)[4:7, 3:9, 20 : 24 + i] = 5
+        nib.save(label_map, case.label)
+        cases.append(case)
+    write_data_list(folder / "list.json", DataList(cases))
+    return folder
+
+
 def load_script(name: str) -> ModuleType:
     """`scripts/<name>.py` as a module."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.scripts.training_data import load_script, make_latents, make_volumes
+from tests.scripts.training_data import load_script, make_label_maps, make_latents, make_volumes
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +33,9 @@ def latents(tmp_path_factory):
 def volumes(tmp_path_factory):
     """A folder with CTs and a VAE, see [`make_volumes`]; not to be changed."""
     return make_volumes(tmp_path_factory.mktemp("volumes"))
+
+
+@pytest.fixture(scope="session")
+def label_maps(tmp_path_factory):
+    """A folder with label maps and a mask VAE, see [`make_label_maps`]; not to be changed."""
+    return make_label_maps(tmp_path_factory.mktemp("label maps"))

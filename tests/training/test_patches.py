@@ -8,8 +8,8 @@ from scipy.ndimage import affine_transform
 from scipy.spatial.transform import Rotation
 
 from maisi_diffusers.training.data_list import Case
-from maisi_diffusers.training.patches import PLANES, Augmentation, PatchDataset, Volume
-from tests.tiny import seeded
+from maisi_diffusers.training.patches import PLANES, Augmentation, LabelMap, LabelPatchDataset, PatchDataset, Volume
+from tests.tiny import make_label_map, seeded
 
 SHAPE = (24, 30, 21)
 
@@ -148,7 +148,7 @@ def test_refused_patch_sizes(cases, patch_size, augment, message):
 
 def test_refused_files_are_named(cases, tmp_path):
     cases.append(Case(tmp_path / "none.nii.gz"))
-    with pytest.raises(FileNotFoundError, match=r"1 of the 4 volumes do not exist, '.*none.nii.gz' first"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 4 images do not exist, '.*none.nii.gz' first"):
         PatchDataset(cases, 12, augment=True)
     cases[3].image.write_bytes(cases[0].image.read_bytes()[:9000])
     dataset = PatchDataset(cases, 12, augment=True)
@@ -273,3 +273,61 @@ def test_intensities_are_scaled_then_shifted():
     volume, intensities = unique()
     patch = Augmentation(scale=1.1, shift=-0.05).patch(volume, (8, 12, 12), [0, 0, 0])
     torch.testing.assert_close(patch[0], intensities[:8, :12, :12] * 1.1 - 0.05)
+
+
+# Label maps
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Three cases whose CTs do not exist, of label maps that differ in the place of the liver."""
+    cases = []
+    for i in range(3):
+        label_map = make_label_map()
+        labels = np.asarray(label_map.dataobj)
+        labels[2 : 6 + i, 3:9, 20:24] = 1
+        nib.save(label_map, tmp_path / f"{i}_label.nii.gz")
+        cases.append(Case(tmp_path / f"{i}.nii.gz", tmp_path / f"{i}_label.nii.gz"))
+    return cases
+
+
+def test_patches_of_label_maps(labelled):
+    dataset = LabelPatchDataset(labelled, (12, 16, 8), augment=True, patches_per_case=40, cached_cases=1)
+    seen = set()
+    for index in range(len(dataset)):
+        item = dataset[index]
+        assert item["labels"].shape == (1, 12, 16, 8) and item["labels"].dtype == torch.uint8
+        assert item["index"] == index
+        seen |= set(item["labels"].unique().tolist())
+    assert seen == {0, 1, 26, 28, 93, 200}, "labels are never mixed"
+    assert torch.equal(dataset[3]["labels"], LabelPatchDataset(labelled, (12, 16, 8), True, 0, 40)[3]["labels"])
+
+
+def test_label_maps_stay_upright():
+    generator = seeded()
+    draws = [Augmentation.draw_for_labels(generator) for _ in range(1000)]
+    assert all((draw.flips, draw.turns, draw.scale, draw.shift) == ((), (), 1.0, 0.0) for draw in draws)
+    assert np.mean([draw.zoom != 1 for draw in draws]) == pytest.approx(0.3, abs=0.05)
+    assert np.mean([any(draw.angles) for draw in draws]) == pytest.approx(0.3, abs=0.05)
+
+
+def test_middle_of_a_label_map(labelled):
+    dataset = LabelPatchDataset(labelled, (12, 16, 8), augment=False)
+    expected = np.asarray(nib.load(labelled[0].label).dataobj)[6:18, :, 12:20]
+    assert np.array_equal(dataset[0]["labels"][0], expected)
+    whole = LabelPatchDataset(labelled, None, augment=False)[0]["labels"]
+    assert np.array_equal(whole[0], nib.load(labelled[0].label).dataobj)
+
+
+def test_zoomed_labels_are_the_nearest():
+    labels = torch.randint(0, 200, (10, 12, 14), generator=seeded(), dtype=torch.uint8)
+    patch = Augmentation(zoom=2.0).patch(LabelMap(labels.numpy()), (20, 24, 28), [0.0, 0.0, 0.0])
+    assert torch.equal(patch[0], labels.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+def test_label_maps_that_are_none(labelled, tmp_path):
+    with pytest.raises(ValueError, match=r"1 of the 4 cases have no label, that of '.*none.nii.gz' first"):
+        LabelPatchDataset([*labelled, Case(tmp_path / "none.nii.gz")], 12, augment=True)
+    labelled[2].label.unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 3 labels do not exist, '.*2_label.nii.gz' first"):
+        LabelPatchDataset(labelled, 12, augment=True)
