@@ -1,5 +1,6 @@
 """The published checkpoints, read into diffusers components."""
 
 from .maisi_checkpoint import VERSIONS, load_maisi_checkpoint
+from .repository import Repository
 
-__all__ = ["VERSIONS", "load_maisi_checkpoint"]
+__all__ = ["VERSIONS", "Repository", "load_maisi_checkpoint"]

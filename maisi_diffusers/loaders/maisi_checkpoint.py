@@ -10,13 +10,12 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DDPMScheduler, ModelMixin
 from diffusers.utils import logging
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..models import AutoencoderKLMaisi, MaisiControlNetModel, MaisiUNet3DConditionModel
 from ..schedulers import MaisiRFlowScheduler
 from .architecture import read_architecture
 from .key_mapping import unet_source_keys, vae_source_keys
+from .repository import Repository
 from .safe_torch import load_torch_file
 
 logger = logging.get_logger(__name__)
@@ -28,6 +27,15 @@ MASK_FILES = {
 }
 
 
+def _anatomy_files(number: int) -> dict[str, str]:
+    """Published names; the list goes by the number of its label maps."""
+    return {
+        "candidates": f"datasets/candidate_masks_flexible_size_and_spacing_{number}.json",
+        "masks": "datasets/all_masks_flexible_size_and_spacing_4000",
+        "size_conditions": "datasets/all_anatomy_size_conditions.json",
+    }
+
+
 @dataclass(frozen=True)
 class Version:
     """
@@ -37,11 +45,14 @@ class Version:
         kind: `"rflow"` or `"ddpm"`.
         files: for every component the names its file goes by, the newest first.
         vae_repo: the Hub repository of the VAE, where it is not the model's own.
+        anatomy: the files of the mask database and of the anatomy sizes, where it has them: `candidates`, the list of
+            label maps; `masks`, the folder of these or, with ".zip" added, the archive; `size_conditions`.
     """
 
     kind: str
     files: dict[str, tuple[str, ...]]
     vae_repo: str | None = None
+    anatomy: dict[str, str] | None = None
 
 
 VERSIONS = {
@@ -53,6 +64,7 @@ VERSIONS = {
             "controlnet": ("models/controlnet_3d_rflow-ct.pt",),
             **MASK_FILES,
         },
+        anatomy=_anatomy_files(4000),
     ),
     "ddpm-ct": Version(
         "ddpm",
@@ -68,6 +80,7 @@ VERSIONS = {
             ),
             **MASK_FILES,
         },
+        anatomy=_anatomy_files(3000),
     ),
     "rflow-mr": Version("rflow", {"vae": ("models/autoencoder_v2.pt",), "unet": ("models/diff_unet_3d_rflow-mr.pt",)}),
     "rflow-mr-brain": Version(
@@ -158,31 +171,20 @@ def load_maisi_checkpoint(
 
 def _find_folders(source: str | os.PathLike, spec: Version, revision: str | None, hub_kwargs: dict) -> dict[str, Path]:
     """The local folder that each component's file is looked for in; Hub repositories are downloaded first."""
-    if os.path.isdir(source):
-        return dict.fromkeys(spec.files, Path(source))
-    if not isinstance(source, str) or source.count("/") != 1 or source.startswith((".", "/")):
-        raise FileNotFoundError(
-            f"source={str(source)!r} is neither a folder nor a Hub id: give a folder in the published layout or an id "
-            f"like {CT_REPO!r}"
-        )
 
-    def download(repo: str, components: list[str], revision: str | None) -> Path:
+    def fetch(repository: Repository, components: list[str]) -> Path:
         patterns = [name for component in components for name in spec.files[component]]
         if "unet" in components:
             patterns.append(f"configs/config_network_{spec.kind}.json")
-        try:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **hub_kwargs))
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise FileNotFoundError(
-                f"{repo!r} at revision={revision!r} is neither a folder nor a Hub repository that can be read from "
-                f"here ({type(error).__name__}): check name and network, and `hf auth login` if it is private or gated"
-            ) from error
+        return repository.fetch(*patterns)
 
+    if os.path.isdir(source):
+        return dict.fromkeys(spec.files, Path(source))
     own = [name for name in spec.files if name != "vae" or spec.vae_repo is None]
-    folders = dict.fromkeys(own, download(source, own, revision))
+    folders = dict.fromkeys(own, fetch(Repository(source, revision, **hub_kwargs), own))
     if spec.vae_repo is not None:
         # A revision of the model's own repository says nothing about another's.
-        folders["vae"] = download(spec.vae_repo, ["vae"], None)
+        folders["vae"] = fetch(Repository(spec.vae_repo, **hub_kwargs), ["vae"])
     return folders
 
 
