@@ -2,6 +2,7 @@
 
 from .bits import label_bits
 from .body import add_body_label
+from .colours import label_colours, legend_names
 from .label_map import load_label_map
 from .regions import REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
 from .totalsegmentator import TOTALSEGMENTATOR_CLASSES, TOTALSEGMENTATOR_TO_MAISI, totalsegmentator_to_maisi
@@ -35,9 +36,11 @@ __all__ = [
     "TUMORS",
     "add_body_label",
     "label_bits",
+    "label_colours",
     "label_index",
     "label_name",
     "labels_present",
+    "legend_names",
     "load_label_map",
     "new_vocabulary",
     "one_hot",

@@ -3,7 +3,7 @@
 from .intensity import background_value, from_hu, to_hu
 from .modality import MODALITIES, is_ct, modality_code
 from .nifti import ct_to_nifti, labels_to_nifti, load_volume
-from .preview import save_preview
+from .preview import WINDOWS, save_preview
 from .resample import (
     resample_like,
     resample_to_grid,
@@ -14,6 +14,7 @@ from .resample import (
 
 __all__ = [
     "MODALITIES",
+    "WINDOWS",
     "background_value",
     "ct_to_nifti",
     "from_hu",
