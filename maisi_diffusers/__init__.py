@@ -4,8 +4,12 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+PHANTOM_TINY = Path(__file__).parent / "pretrained" / "maisi-phantom-tiny"
+"""The small model inside the package: `MaisiCTPipeline.from_pretrained(PHANTOM_TINY)`."""
 
 # Where every public name lives; imported when first used, since diffusers takes seconds.
 _HOMES = {
@@ -18,7 +22,7 @@ _HOMES = {
     "MaisiMaskPipeline": "pipelines",
     "MaisiMaskPipelineOutput": "pipelines",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES, "PHANTOM_TINY", "__version__"]
 
 
 def __getattr__(name: str):
