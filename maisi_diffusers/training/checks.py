@@ -9,10 +9,19 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ..anatomy import BODY, LABELS, REGIONS, labels_present, new_vocabulary, one_hot, regions_from_labels
+from ..anatomy import (
+    BODY,
+    CONTROLLABLE_ANATOMY,
+    LABELS,
+    REGIONS,
+    labels_present,
+    new_vocabulary,
+    one_hot,
+    regions_from_labels,
+)
 from ..imaging import spacing_of, to_ras
 from ..imaging.nifti import UNREADABLE
-from .data_list import Case, DataList, check_new_labels, read_case, read_data_list
+from .data_list import ABSENT, Case, DataList, check_new_labels, read_case, read_data_list
 
 SIZE_TOLERANCE = 0.01
 """Voxel sizes may differ by this share of a voxel, and axes point this many voxels apart."""
@@ -54,7 +63,8 @@ def check_case(
         case: its image is a volume (X, Y, Z) or a latent (X, Y, Z, C).
         vocabulary: name -> label, with the new classes.
         in_full: look at the voxels as well as at the headers. Images must be finite. Label maps must be integers of
-            the vocabulary, with the body among them, and tell no other regions than the list.
+            the vocabulary, with the body among them, and tell no other regions than the list, nor sizes of what is
+            not there.
         ratio: downsampling of the VAE.
         latent_channels: C; a latent with twice as many has mean and log-variance.
 
@@ -221,7 +231,7 @@ def _check_image(path: Path) -> list[str]:
 
 
 def _check_labels(case: Case, vocabulary: Mapping[str, int]) -> list[str]:
-    """What is wrong with the labels of a case, and with the regions that the list gives it."""
+    """What is wrong with the labels of a case, and with the regions and sizes that the list gives it."""
     name = f"label map '{case.label}'"
     try:
         labels = _read_voxels(case.label, "label map")
@@ -245,6 +255,10 @@ def _check_labels(case: Case, vocabulary: Mapping[str, int]) -> list[str]:
             f"{name} has no body label ({BODY}), which the released ControlNets need: prepare it with "
             "scripts/prepare_dataset.py"
         )
+    for anatomy, size in zip(CONTROLLABLE_ANATOMY, case.organ_size or ()):
+        if (size == ABSENT) == (LABELS[anatomy] in present):
+            found = "has none" if LABELS[anatomy] not in present else "has one"
+            problems.append(f'"organ_size" is {size:g} for {anatomy!r}, but {name} {found}: correct it in the list')
     try:
         # A new class may have a label that the published models took for a region.
         regions = regions_from_labels(present - {vocabulary[new] for new in vocabulary.keys() - LABELS.keys()})

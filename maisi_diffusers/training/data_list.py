@@ -3,14 +3,16 @@
 ```json
 {"training": [{"image": "case-1/ct_emb.nii.gz", "label": "case-1/labels.nii.gz", "dim": [512, 512, 512],
                "spacing": [1.0, 1.0, 1.0], "top_region_index": [0, 1, 0, 0], "bottom_region_index": [0, 0, 0, 1],
-               "modality": "ct", "fold": 0}],
+               "modality": "ct", "fold": 0, "organ_size": [0.4, 0.6, 0.5, 0.5, 0.7, -1, -1, 0.3, -1, -1]}],
  "label_names": {"kidney tumor": 129},
  "tumor_organs": {"kidney tumor": ["left kidney", "right kidney"]}}
 ```
 
-`image` is a CT, or once that is encoded its latent. Paths are relative to the list's folder. `label_names` and
-`tumor_organs` are ours: new classes on free indices of MAISI's vocabulary, and for those that are tumors the organs
-they sit in. Readers of the published layout pass over them.
+`image` is a CT, or once that is encoded its latent, or that of its label map. Paths are relative to the list's folder.
+`organ_size` has the sizes of `CONTROLLABLE_ANATOMY`, 0 to 1 or -1 for absent, that the mask UNet is trained with; the
+published list of such sizes calls it so. `label_names` and `tumor_organs` are ours: new classes on free indices of
+MAISI's vocabulary, and for those that are tumors the organs they sit in. Readers of the published layout pass over
+them.
 """
 
 import json
@@ -21,9 +23,11 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 
-from ..anatomy import REGIONS, label_index, new_vocabulary
+from ..anatomy import CONTROLLABLE_ANATOMY, REGIONS, label_index, new_vocabulary
 from ..imaging import modality_code
 from .files import write_atomically
+
+ABSENT = -1.0
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,14 @@ class Case:
     """One entry of a data list.
 
     Args:
-        image: CT or MR volume, or its latent.
+        image: CT or MR volume, or its latent, or the latent of its label map.
         label: label map on the grid of the volume (four times the latent's, along each axis).
         dim: voxels of the volume along X, Y, Z.
         spacing: voxel size of the volume in mm.
         top_region_index, bottom_region_index: one-hot region of the first and the last slice, as four indicators.
         modality: name of a modality.
         fold: which fold the case belongs to.
+        organ_size: sizes of the controllable anatomy in the label map, 0 to 1 or -1 for absent.
     """
 
     image: Path
@@ -48,6 +53,7 @@ class Case:
     bottom_region_index: tuple[int, int, int, int] | None = None
     modality: str = "ct"
     fold: int = 0
+    organ_size: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,11 @@ def read_case(entry: dict, root: Path) -> Case:
     values["fold"] = entry.get("fold", 0)
     if not isinstance(values["fold"], int):
         raise ValueError(f'"fold" is {values["fold"]!r}, must be a whole number')
+    if "organ_size" in entry:
+        sizes = _numbers(entry, "organ_size", len(CONTROLLABLE_ANATOMY), Real)
+        if not all(size == ABSENT or 0 <= size <= 1 for size in sizes):
+            raise ValueError(f'"organ_size" is {entry["organ_size"]}, must be 0 to 1 each, or -1 for absent')
+        values["organ_size"] = tuple(float(size) for size in sizes)
     return Case(**values)
 
 

@@ -306,6 +306,17 @@ def test_broken_voxels(case, change, says):
     assert problems[0].startswith(says.format(image=case.image, label=case.label))
 
 
+def test_sizes_of_what_is_not_there(volume):
+    """Of the controllable anatomy, the label map has a liver and a hepatic tumor."""
+    sizes = [-1.0, 0.5, *[-1.0] * 5, 0.0, -1.0, -1.0]
+    assert check_case(replace(volume, organ_size=tuple(sizes)), in_full=True) == []
+    wrong = replace(volume, organ_size=(-1.0, -1.0, 0.3, *sizes[3:]))
+    assert check_case(wrong) == []
+    liver, stomach = check_case(wrong, in_full=True)
+    assert liver.startswith(f"\"organ_size\" is -1 for 'liver', but label map '{volume.label}' has one: correct it")
+    assert stomach.startswith(f"\"organ_size\" is 0.3 for 'stomach', but label map '{volume.label}' has none: correct")
+
+
 def test_a_header_that_promises_more_than_fits_in_memory(volume):
     raw = bytearray(gzip.decompress(volume.image.read_bytes()))
     raw[42:48] = np.full(3, 30_000, "<i2").tobytes()  # voxels along each axis

@@ -68,6 +68,7 @@ def test_round_trip(tmp_path):
         Case(tmp_path / "ct" / "a.nii.gz", tmp_path / "list" / "labels" / "a.nii.gz", (2, 3, 4), (0.7, 0.7, 1.25)),
         Case(tmp_path / "list" / "b.nii.gz", modality="mri_t1", fold=2),
         Case(tmp_path / "list" / "c.nii.gz", None, None, None, (1, 0, 0, 0), (0, 0, 1, 0)),
+        Case(tmp_path / "list" / "d.nii.gz", organ_size=(0.0, 0.25, 1.0, *[-1.0] * 7)),
     ]
     data_list = DataList(cases, {"kidney tumor": 129}, {"kidney tumor": ["left kidney", "right kidney"]})
     path = tmp_path / "list" / "list.json"
@@ -109,6 +110,11 @@ def test_a_list_without_new_classes_has_the_published_keys_alone(tmp_path):
         ({"modality": "xray"}, "Modality 'xray' is unknown; use one of"),
         ({"modality": None}, '"modality" is None, must be a name'),
         ({"modality": ["ct"]}, r"\"modality\" is \['ct'\], must be a name"),
+        ({"organ_size": [0.5] * 9}, r'"organ_size" is \[.*\], must be 10 numbers'),
+        ({"organ_size": [0.5] * 9 + ["-1"]}, r'"organ_size" is \[.*\], must be 10 numbers'),
+        ({"organ_size": [0.5] * 9 + [1.5]}, r'"organ_size" is \[.*1.5\], must be 0 to 1 each, or -1 for absent'),
+        ({"organ_size": [-0.5] * 10}, r'"organ_size" is \[.*\], must be 0 to 1 each, or -1 for absent'),
+        ({"organ_size": [float("nan")] * 10}, r'"organ_size" is \[.*\], must be 0 to 1 each, or -1 for absent'),
         ({"fold": "first"}, "\"fold\" is 'first', must be a whole number"),
     ],
 )
