@@ -34,7 +34,8 @@ class LatentDataset(torch.utils.data.Dataset):
         noise (C, x, y, z) float32.
         timesteps () float32 or int64.
         class_labels () int64: modality code.
-        spacing (3,) float32, top_region_index (4,), bottom_region_index (4,): times 100, those that the case has.
+        spacing (3,) float32, top_region_index (4,), bottom_region_index (4,): times 100, those that all cases have.
+        encoder_hidden_states (1, 10) float32: sizes of the controllable anatomy, -1 for absent, if all have them.
         labels (1, X, Y, Z) uint8, tumor_free_labels (1, X, Y, Z) uint8: where asked for.
         index () int64: which case it is.
     """
@@ -57,6 +58,8 @@ class LatentDataset(torch.utils.data.Dataset):
         self.modality_dropout = modality_dropout
         self.latent_channels = latent_channels
         self.epoch = 0
+        conditions = ("spacing", "top_region_index", "bottom_region_index", "organ_size")
+        self._conditions = [name for name in conditions if all(getattr(case, name) is not None for case in cases)]
 
     def set_epoch(self, epoch: int) -> None:
         """Draw anew."""
@@ -76,9 +79,12 @@ class LatentDataset(torch.utils.data.Dataset):
             "class_labels": self._class_label(case, index),
             "index": torch.tensor(index),
         }
-        for name in ("spacing", "top_region_index", "bottom_region_index"):
-            if getattr(case, name) is not None:
-                item[name] = torch.tensor(getattr(case, name), dtype=torch.float32) * CONDITION_SCALE
+        for name in self._conditions:
+            condition = torch.tensor(getattr(case, name), dtype=torch.float32)
+            if name == "organ_size":
+                item["encoder_hidden_states"] = condition[None]
+            else:
+                item[name] = condition * CONDITION_SCALE
         if self.with_labels:
             label_map = to_ras(load_label_map(case.label))
             labels = np.ascontiguousarray(label_map.dataobj)

@@ -137,6 +137,7 @@ def noisy_latents_and_target(
 def unet_conditions(batch: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
     """The conditions of a batch that a UNet with this config takes."""
     taken = {
+        "encoder_hidden_states": config["cross_attention_dim"] is not None,
         "class_labels": config["num_class_embeds"] is not None,
         "spacing": config["use_spacing"],
         "top_region_index": config["use_region_index"],

@@ -30,13 +30,17 @@ def check_training_cases(
         "spacing": unet.config.use_spacing,
         "top_region_index": unet.config.use_region_index,
         "bottom_region_index": unet.config.use_region_index,
+        "organ_size": unet.config.cross_attention_dim is not None,
     }
     problems = check_cases(data_list, ratio=ratio, latent_channels=channels)
     first_grid = None
     for i, case in enumerate(data_list.cases):
         missing = [name for name, is_needed in needed.items() if is_needed and getattr(case, name) is None]
         if missing:
-            problems.append(f"entry {i}: no {', '.join(missing)}, which this model is trained with: prepare it again")
+            problems.append(
+                f"entry {i}: no {', '.join(missing)}, which this model is trained with: add it to the data list, or "
+                "prepare it again"
+            )
         try:
             shape = nib.load(case.image).shape
         except UNREADABLE:

@@ -68,9 +68,17 @@ def test_item(cases, latents):
     assert np.array_equal(item["tumor_free_labels"][0], healthy) and NEW_LABEL not in healthy
 
 
-def test_only_what_the_case_has(cases):
+def test_only_what_the_cases_have(cases):
     bare = replace(cases[0], spacing=None, top_region_index=None, bottom_region_index=None)
     assert make_dataset([bare])[0].keys() == {"latents", "noise", "timesteps", "class_labels", "index"}
+    assert make_dataset([cases[0], bare])[0].keys() == make_dataset([bare])[0].keys(), "else they are no batch"
+
+
+def test_sizes_of_the_anatomy(cases):
+    sizes = (0.25, *[-1.0] * 8, 1.0)
+    item = make_dataset([replace(cases[0], organ_size=sizes)])[0]
+    assert item["encoder_hidden_states"].dtype == torch.float32
+    assert item["encoder_hidden_states"].tolist() == [list(sizes)]
 
 
 def test_order_does_not_matter(cases):

@@ -86,6 +86,16 @@ def test_conditions(version, taken):
     assert torch.isfinite(make_objective(pipe)(batch)["loss"])
 
 
+def test_conditions_of_a_mask_unet():
+    """Anatomy sizes alone, which a batch of images need not have."""
+    unet, batch = make_pipeline().mask_unet, make_batch()
+    sizes = torch.tensor([0.5, -1.0] * 5).expand(2, 1, 10)
+    assert unet_conditions(batch | {"encoder_hidden_states": sizes}, unet.config).keys() == {"encoder_hidden_states"}
+    objective = DiffusionObjective(unet, unet.config, MaisiRFlowScheduler(), FACTOR)
+    losses = [objective(batch | {"encoder_hidden_states": given})["loss"] for given in (sizes, -sizes)]
+    assert losses[0].isfinite() and losses[0] != losses[1]
+
+
 def test_weights(pipe):
     batch = make_batch()
     noisy, target = noisy_latents_and_target(batch, pipe.scheduler, FACTOR)

@@ -128,6 +128,12 @@ def test_regions_for_a_model_that_takes_them(data):
         check_training_cases(data_list, unet, ratio=4, batch_size=1, with_labels=True)
 
 
+def test_sizes_for_a_mask_unet(data):
+    data_list = read_data_list(data / "list.json")
+    with pytest.raises(ValueError, match=r"entry 0: no organ_size, which this model is trained with: add it to the"):
+        check_training_cases(data_list, make_pipeline().mask_unet, ratio=4, batch_size=1, with_labels=False)
+
+
 def test_label_maps_are_not_for_a_unet(data):
     unet = make_pipeline(with_mask_networks=False).unet
     no_labels(data)
