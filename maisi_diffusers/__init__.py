@@ -21,6 +21,7 @@ _HOMES = {
     "MaisiCTPipelineOutput": "pipelines",
     "MaisiMaskPipeline": "pipelines",
     "MaisiMaskPipelineOutput": "pipelines",
+    "MaisiMaskDatabase": "anatomy",
 }
 __all__ = [*_HOMES, "PHANTOM_TINY", "__version__"]
 

@@ -4,7 +4,10 @@ from .bits import label_bits
 from .body import add_body_label
 from .colours import label_colours, legend_names
 from .label_map import load_label_map
+from .mask_database import MaisiMaskDatabase, MaskEntry
+from .quality_check import QUALITY_THRESHOLDS, check_quality
 from .regions import REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
+from .size_conditions import check_sizes, complete_anatomy_size, read_size_conditions
 from .totalsegmentator import TOTALSEGMENTATOR_CLASSES, TOTALSEGMENTATOR_TO_MAISI, totalsegmentator_to_maisi
 from .tumors import remove_tumors
 from .vocabulary import (
@@ -30,11 +33,17 @@ __all__ = [
     "LABELS",
     "LUNG_LOBES",
     "MASK_VAE_LABELS",
+    "MaisiMaskDatabase",
+    "MaskEntry",
+    "QUALITY_THRESHOLDS",
     "REGIONS",
     "TOTALSEGMENTATOR_CLASSES",
     "TOTALSEGMENTATOR_TO_MAISI",
     "TUMORS",
     "add_body_label",
+    "check_quality",
+    "check_sizes",
+    "complete_anatomy_size",
     "label_bits",
     "label_colours",
     "label_index",
@@ -44,6 +53,7 @@ __all__ = [
     "load_label_map",
     "new_vocabulary",
     "one_hot",
+    "read_size_conditions",
     "region_of_word",
     "regions_from_labels",
     "regions_from_words",

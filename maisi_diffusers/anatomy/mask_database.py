@@ -1,0 +1,411 @@
+"""A database of label maps to choose from by region, anatomy, size and spacing.
+
+The published layout: a JSON list beside a folder or a .zip of NIfTI label maps in MAISI's vocabulary.
+
+```json
+[{"pseudo_label_filename": "source/case.nii.gz", "dim": [512, 512, 128], "spacing": [0.78, 0.78, 2.98],
+  "label_list": [1, 3, 4, 200], "top_region_index": [0, 1, 0, 0], "bottom_region_index": [0, 0, 1, 0]}]
+```
+
+`dim` and `spacing` are along X, Y, Z in RAS+, `label_list` says what labels the map has. The regions are of its first
+and its last slice from the top; where an entry has none, they are told from its labels.
+"""
+
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from ..imaging import load_volume, spacing_of, to_ras
+from .json_list import read_json_list, shorten
+from .label_map import load_label_map
+from .mask_files import read_file, safe_name
+from .regions import REGIONS, region_of_word, regions_from_labels
+from .vocabulary import BODY, LABELS, TUMORS, label_index, label_name, labels_present
+
+CANDIDATES = "candidate_masks.json"
+MASKS = "masks"
+
+SPACING_TOLERANCE = 1e-3
+"""Difference in mm up to which two spacings are the same: lists and users round them."""
+
+MAX_DIM = 4096
+MAX_HEADER = 2**20
+
+REGION_WORDS = ("head", "chest", "abdomen", "pelvis")
+
+
+@dataclass(frozen=True)
+class MaskEntry:
+    """One label map of a database, as the list describes it.
+
+    Args:
+        pseudo_label_filename: path of its file below the folder, or in the .zip.
+        dim: voxels along X, Y, Z.
+        spacing: voxel size in mm along X, Y, Z.
+        label_list: its labels other than background, ascending.
+        top_region_index, bottom_region_index: one-hot region of its first and its last slice from the top.
+    """
+
+    pseudo_label_filename: str
+    dim: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    label_list: tuple[int, ...]
+    top_region_index: tuple[int, int, int, int] | None = None
+    bottom_region_index: tuple[int, int, int, int] | None = None
+
+    @property
+    def regions(self) -> tuple[int, int] | None:
+        """Region (0..3) of the first and of the last slice; `None` where neither the list nor a label tells."""
+        if self.top_region_index is not None:
+            return self.top_region_index.index(1), self.bottom_region_index.index(1)
+        try:
+            return regions_from_labels(self.label_list)
+        except ValueError:
+            return None
+
+
+class MaisiMaskDatabase:
+    r"""
+    Label maps to choose from, in the published layout.
+
+    Args:
+        candidates: the JSON list, or the folder that has it as `candidate_masks.json`.
+        masks: the folder or .zip with the label maps; what is called `masks` or `masks.zip` beside the list if not
+            given. Or a function that is given a pattern (a file's name, or `*`), downloads the label maps whose name
+            matches it, and returns the folder or .zip that has them.
+
+    Attributes:
+        entries: a [`MaskEntry`] for every label map.
+
+    Raises:
+        FileNotFoundError: if the list or the label maps are not there.
+        ValueError: if it is no such list; everything that is wrong in it is named.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from maisi_diffusers import MaisiMaskDatabase
+
+    >>> database = MaisiMaskDatabase("mask_database")
+    >>> found = database.search(body_region=["chest"], anatomy_list=["lung tumor"])
+    >>> chosen = database.select(found, num=2, generator=torch.Generator().manual_seed(0))
+    >>> masks = [database.load(entry) for entry in chosen]
+    ```
+    """
+
+    def __init__(self, candidates: str | os.PathLike, masks: str | os.PathLike | Callable[[str], Path] | None = None):
+        candidates = Path(candidates)
+        self.candidates = candidates / CANDIDATES if candidates.is_dir() else candidates
+        self.entries = read_json_list(self.candidates, read_entry)
+        if masks is None:
+            beside = [self.candidates.parent / name for name in (MASKS, f"{MASKS}.zip")]
+            masks = next((path for path in beside if path.exists()), None)
+            if masks is None:
+                raise FileNotFoundError(
+                    f"{str(self.candidates)!r} has neither a folder 'masks' nor a 'masks.zip' beside it; download "
+                    "them, or give masks= with the folder or .zip of the label maps."
+                )
+        self._fetch = masks if callable(masks) else lambda pattern: Path(masks)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.candidates)!r}, {len(self)} label maps)"
+
+    def search(
+        self,
+        body_region: Iterable[str] | None = None,
+        anatomy_list: Iterable[str | int] | None = None,
+        output_size: tuple[int, int, int] | None = None,
+        spacing: tuple[float, float, float] | None = None,
+        vocabulary: Mapping[str, int] = LABELS,
+        tumors: Iterable[int] = TUMORS,
+    ) -> list[MaskEntry]:
+        """The label maps that have all of the requested labels and regions, no tumor besides, and exactly the size and
+        spacing (published rule).
+
+        Args:
+            body_region: words (head, chest, thorax, abdomen, pelvis, lower) for regions that must lie between the
+                first and the last slice's.
+            anatomy_list: names or numbers of labels.
+            output_size: voxels along X, Y, Z; any if not given.
+            spacing: mm along X, Y, Z, up to 0.001 mm; any if not given.
+            vocabulary: name -> label; a fine-tuned model has its own.
+            tumors: labels that a map has only where they are requested.
+
+        Raises:
+            ValueError: for unknown names, and if there is no such label map: the message says which requirement none
+                meets, and what is nearest.
+        """
+        labels = {label_index(anatomy, vocabulary) for anatomy in anatomy_list or ()}
+        regions = {region_of_word(word) for word in body_region or ()}
+        sought = "no label map"
+        if labels:
+            sought += f" with {_names(labels, vocabulary, ' and ')}"
+
+        found = [entry for entry in self.entries if labels <= set(entry.label_list)]
+        if not found:
+            counts = Counter(label for entry in self.entries for label in labels & set(entry.label_list))
+            alone = _counts({label_name(label, vocabulary): count for label, count in counts.items()})
+            raise ValueError(
+                f"{sought} is among the {len(self)} of the mask database; each for itself: {alone or 'none'}; "
+                "change anatomy_list"
+            )
+
+        words = " and ".join(REGION_WORDS[region] for region in sorted(regions))
+        in_regions = [entry for entry in found if regions <= _shown(entry)]
+        if not in_regions:
+            spans = Counter(_span(entry.regions) for entry in found)
+            raise ValueError(
+                f"{sought} shows {words}; there are some of {_counts(spans)}; change body_region or anatomy_list"
+            )
+        if regions:
+            sought += f" in {words}"
+
+        others = set(tumors) - labels
+        without = [entry for entry in in_regions if not others & set(entry.label_list)]
+        if not without:
+            counts = Counter(label for entry in in_regions for label in others & set(entry.label_list))
+            have = _counts({label_name(label, vocabulary): count for label, count in counts.items()})
+            raise ValueError(
+                f"{sought} is without further tumors; there are some with {have}; add it to anatomy_list to get those"
+            )
+
+        exact = [entry for entry in without if _has_grid(entry, output_size, spacing)]
+        if not exact:
+            nearest = sorted(without, key=lambda entry: grid_distance(entry, output_size, spacing))
+            grids = Counter(_grid(entry.dim, entry.spacing) for entry in nearest)  # in this order
+            raise ValueError(
+                f"{sought} has {_grid(output_size, spacing)}; the nearest have "
+                f"{_counts(dict(list(grids.items())[:3]))}; give one of these"
+            )
+        return exact
+
+    @staticmethod
+    def select(
+        entries: list[MaskEntry], num: int, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> list[MaskEntry]:
+        """Choose at random, each label map once before any is chosen twice.
+
+        Args:
+            entries: what to choose from, one at least.
+            num: how many.
+            generator: one, or one for each of them; the same ones choose the same.
+        """
+        generators = generator if isinstance(generator, list) else [generator] * num
+        times = [0] * len(entries)
+        chosen = []
+        for one in generators:
+            device = "cpu" if one is None else one.device
+            order = torch.randperm(len(entries), generator=one, device=device).tolist()
+            choice = min(order, key=times.__getitem__)  # of those chosen least the first
+            times[choice] += 1
+            chosen.append(entries[choice])
+        return chosen
+
+    def load(self, entry: MaskEntry) -> nib.Nifti1Image:
+        """The label map of an entry.
+
+        Returns:
+            uint8 (X, Y, Z) in RAS+.
+
+        Raises:
+            FileNotFoundError: if its file is not there.
+            ValueError: if it is damaged, no label map, or not what the entry says: another size or spacing, a label
+                that is missing, a tumor that is not listed.
+        """
+        name = entry.pseudo_label_filename
+        source = self._fetch(name)
+        data = read_file(source, name, limit=MAX_HEADER + 8 * math.prod(entry.dim))
+        try:
+            # The size before the voxels: a header can ask for any amount of memory.
+            image = nib.Nifti1Image.from_bytes(data)
+            if sorted(n for n in image.shape if n > 1) != sorted(n for n in entry.dim if n > 1):
+                raise ValueError(f"it has size {image.shape}, but its entry says {entry.dim}")
+            image = to_ras(load_label_map(_whole_numbers(load_volume(image))))
+            check_entry(image, entry)
+        except (ValueError, OSError, ImageFileError, HeaderDataError, WrapStructError) as error:
+            line = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(
+                f"Label map {name!r} of {str(source)!r} is not usable: {line}; download the database again, or take "
+                "its entry out of the list."
+            ) from error
+        return image
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Copy the list and its label maps into a folder, where `MaisiMaskDatabase(folder)` reads them.
+
+        Raises:
+            FileNotFoundError: if a label map is not there.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        source = self._fetch("*")
+        if source.is_dir():
+            for name in {entry.pseudo_label_filename for entry in self.entries}:
+                if not (source / name).is_file():
+                    raise FileNotFoundError(f"{str(source)!r} has no file {name!r}; download it again.")
+                path = folder / MASKS / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, path)
+        else:
+            shutil.copyfile(source, folder / f"{MASKS}.zip")
+        shutil.copyfile(self.candidates, folder / CANDIDATES)
+
+
+def grid_distance(
+    entry: MaskEntry, size: tuple[int, int, int] | None, spacing: tuple[float, float, float] | None
+) -> float:
+    """How far the grid of a label map is from the wanted one (published rule): the sum over axes of the differences in
+    the field of view / 10 mm, in size / 100 voxels, and in spacing / 1 mm."""
+    size, spacing = np.array(size or entry.dim), np.array(spacing or entry.spacing)
+    own_size, own_spacing = np.array(entry.dim), np.array(entry.spacing)
+    difference = (
+        abs(own_size * own_spacing - size * spacing) / 10 + abs(own_size - size) / 100 + abs(own_spacing - spacing)
+    )
+    return float(difference.sum())
+
+
+def check_entry(image: nib.Nifti1Image, entry: MaskEntry) -> None:
+    """Refuse a label map (X, Y, Z) in RAS+ that is not what its entry says; raises a `ValueError`."""
+    if image.shape != entry.dim:
+        raise ValueError(f"it has size {image.shape} in RAS+, but its entry says {entry.dim}")
+    if not np.allclose(spacing_of(image), entry.spacing, rtol=0.01):
+        spacing = tuple(round(mm, 4) for mm in spacing_of(image))
+        raise ValueError(f"it has spacing {spacing} in RAS+, but its entry says {entry.spacing}")
+    present, listed = set(labels_present(np.asarray(image.dataobj))), set(entry.label_list)
+    missing = listed - present - {BODY}
+    if missing:
+        raise ValueError(f"it has no {_names(missing, LABELS, ', ')}, which its entry lists")
+    surplus = (present - listed) & set(TUMORS)
+    if surplus:
+        raise ValueError(f"it has {_names(surplus, LABELS, ', ')}, which its entry does not list")
+
+
+def read_entry(item: object) -> MaskEntry:
+    """An entry of the JSON list; raises a `ValueError` that names everything that is wrong with it."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{shorten(item)} must have names and values, like pseudo_label_filename")
+    values, problems = {}, []
+    for name, parse in FIELDS.items():
+        value = item.get(name)
+        if value is None and name in OPTIONAL:
+            continue
+        try:
+            values[name] = parse(value)
+        except ValueError as error:
+            problems.append(f"{name} is {shorten(value)}, must be {error}")
+    top, bottom = (values.get(name) for name in OPTIONAL)
+    if not problems and (top is None) != (bottom is None):
+        problems.append(f"{' and '.join(OPTIONAL)} must both be there, or neither")
+    if not problems and top is not None and top.index(1) > bottom.index(1):
+        problems.append(f"top_region_index {list(top)} is below bottom_region_index {list(bottom)}")
+    if problems:
+        raise ValueError(", ".join(problems))
+    return MaskEntry(**values)
+
+
+def _file_name(value: object) -> str:
+    if not isinstance(value, str) or not value.endswith((".nii", ".nii.gz")):
+        raise ValueError("the name of a .nii or .nii.gz file")
+    try:
+        return safe_name(value)
+    except ValueError:
+        raise ValueError("a relative path without '..'") from None
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(number, Real) and math.isfinite(number) for number in value)
+
+
+def _dim(value: object) -> tuple[int, int, int]:
+    if not _numbers(value) or len(value) != 3 or any(n != int(n) or not 1 <= n <= MAX_DIM for n in value):
+        raise ValueError(f"three whole numbers of voxels, 1 to {MAX_DIM}")
+    return tuple(int(n) for n in value)
+
+
+def _spacing(value: object) -> tuple[float, float, float]:
+    if not _numbers(value) or len(value) != 3 or not all(value):
+        raise ValueError("three numbers of mm, not 0")
+    return tuple(abs(float(mm)) for mm in value)  # a sign is the direction of the axis
+
+
+def _label_list(value: object) -> tuple[int, ...]:
+    known = {0, *LABELS.values()}
+    if not _numbers(value) or not set(value) <= known:
+        raise ValueError("a list of labels, 1 to 132 and 200")
+    return tuple(sorted({int(label) for label in value} - {0}))
+
+
+def _region_index(value: object) -> tuple[int, int, int, int]:
+    if not _numbers(value) or sorted(value) != [0, 0, 0, 1]:
+        raise ValueError(f"three zeros and a 1, for one of {', '.join(REGIONS)}")
+    return tuple(int(indicator) for indicator in value)
+
+
+FIELDS: dict[str, Callable[[object], object]] = {
+    "pseudo_label_filename": _file_name,
+    "dim": _dim,
+    "spacing": _spacing,
+    "label_list": _label_list,
+    "top_region_index": _region_index,
+    "bottom_region_index": _region_index,
+}
+OPTIONAL = ("top_region_index", "bottom_region_index")
+
+
+def _whole_numbers(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """A label map that was saved as floating-point numbers, in integers; left alone where they are no whole ones."""
+    data = np.asanyarray(image.dataobj)
+    if data.dtype.kind != "f" or not all(np.array_equal(plane, np.rint(plane)) for plane in data):
+        return image
+    return nib.Nifti1Image(data.astype(np.int32), image.affine)
+
+
+def _shown(entry: MaskEntry) -> set[int]:
+    return set() if entry.regions is None else set(range(entry.regions[0], entry.regions[1] + 1))
+
+
+def _span(regions: tuple[int, int] | None) -> str:
+    if regions is None:
+        return "no known region"
+    top, bottom = (REGION_WORDS[region] for region in regions)
+    return top if top == bottom else f"{top} to {bottom}"
+
+
+def _has_grid(entry: MaskEntry, size: tuple[int, int, int] | None, spacing: tuple[float, float, float] | None) -> bool:
+    same_size = size is None or entry.dim == tuple(size)
+    return same_size and (
+        spacing is None or all(abs(own - mm) <= SPACING_TOLERANCE for own, mm in zip(entry.spacing, spacing))
+    )
+
+
+def _grid(size: tuple[int, int, int] | None, spacing: tuple[float, float, float] | None) -> str:
+    texts = []
+    if size is not None:
+        texts.append(f"output_size={tuple(size)}")
+    if spacing is not None:
+        texts.append(f"spacing=({', '.join(f'{mm:g}' for mm in spacing)})")
+    return " with ".join(texts)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+def _names(labels: Iterable[int], vocabulary: Mapping[str, int], joint: str) -> str:
+    return joint.join(label_name(label, vocabulary) for label in sorted(labels))
