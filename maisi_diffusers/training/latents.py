@@ -1,8 +1,9 @@
-"""Latents for training: how a volume becomes one, and how one is stored and read again.
+"""Latents for training: how a volume or a label map becomes one, and how one is stored and read again.
 
 The recipe is that of the published models (`diff_model_create_training_data.py` of NVIDIA's MAISI release): RAS+,
 intensities in 0..1, resized trilinearly to a multiple of 128 along each axis, encoded once, stored unscaled as NIfTI
 (X, Y, Z, C). There it is one draw from the VAE's posterior; here it can be the moments, to draw from at every step.
+A label map is resized to the nearest label, and the mask VAE encodes its bits.
 """
 
 import os
@@ -12,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from ..anatomy import label_bits
 from ..imaging import from_hu, is_ct, resample_to_grid, spacing_of, to_ras
 from ..imaging.nifti import SCANNER_ANATOMICAL, UNREADABLE
 from ..models import AutoencoderKLMaisi
@@ -51,20 +53,33 @@ def to_intensities(image: nib.Nifti1Image, code: int) -> nib.Nifti1Image:
     return nib.Nifti1Image((data - low) / (high - low), image.affine)
 
 
-def resize_volume(image: nib.Nifti1Image, size: tuple[int, int, int]) -> nib.Nifti1Image:
-    """Resample a volume (X, Y, Z) trilinearly to a size in voxels; the field of view stays, the voxel size changes."""
+def resize_volume(image: nib.Nifti1Image, size: tuple[int, int, int], order: int = 1) -> nib.Nifti1Image:
+    """
+    Resample to a size in voxels; the field of view stays, the voxel size changes.
+
+    Args:
+        image: volume or label map (X, Y, Z).
+        size: voxels along X, Y, Z.
+        order: 1 interpolates trilinearly, 0 takes the nearest voxel, for labels.
+    """
     spacing = tuple(mm * n / new for mm, n, new in zip(spacing_of(image), image.shape, size))
-    return resample_to_grid(image, size, spacing, order=1, fill=0.0)
+    return resample_to_grid(image, size, spacing, order=order, fill=0.0)
+
+
+def encodes_labels(vae: AutoencoderKLMaisi) -> bool:
+    """Whether it is a mask VAE, which takes label maps in 8 bits."""
+    return vae.config.in_channels == 8
 
 
 @torch.inference_mode()
 def encode_volume(vae: AutoencoderKLMaisi, image: nib.Nifti1Image) -> torch.Tensor:
     """
-    The posterior of a volume's latent.
+    The posterior of a volume's latent, or for a mask VAE of a label map's.
 
     Args:
-        vae: the image VAE, on the device and in the dtype it is to run in.
-        image: intensities (X, Y, Z) in 0..1, in RAS+, every axis divisible by the VAE's downsampling (4).
+        vae: on the device and in the dtype it is to run in.
+        image: intensities (X, Y, Z) in 0..1, or uint8 labels, in RAS+, every axis divisible by the VAE's downsampling
+            (4).
 
     Returns:
         moments (2C, X/4, Y/4, Z/4) float32 on the CPU: C means, then C log-variances of the unscaled latent.
@@ -72,8 +87,9 @@ def encode_volume(vae: AutoencoderKLMaisi, image: nib.Nifti1Image) -> torch.Tens
     Raises:
         ValueError: if they are not finite, which half precision can lead to.
     """
-    sample = torch.from_numpy(np.ascontiguousarray(image.dataobj))[None, None]
-    posterior = vae.encode(sample.to(vae.device, vae.dtype)).latent_dist
+    sample = torch.from_numpy(np.ascontiguousarray(image.dataobj))[None, None].to(vae.device)
+    sample = label_bits(sample, vae.dtype) if encodes_labels(vae) else sample.to(vae.dtype)
+    posterior = vae.encode(sample).latent_dist
     moments = torch.cat([posterior.mean, posterior.logvar], dim=1)[0].float().cpu()
     if not moments.isfinite().all():
         raise ValueError(f"The VAE gives NaN or infinite values in {vae.dtype}; encode in float32.")

@@ -1,4 +1,4 @@
-"""The encoding script: latents and their list, whatever happens on the way."""
+"""`maisi-ct encode`: latents and their list, whatever happens on the way."""
 
 import json
 import os
@@ -12,24 +12,21 @@ import numpy as np
 import pytest
 import torch
 
+from maisi_diffusers import AutoencoderKLMaisi, MaisiMaskPipeline
 from maisi_diffusers.anatomy import load_label_map
+from maisi_diffusers.cli import encode as command
 from maisi_diffusers.imaging import load_volume, resample_like, to_ras
 from maisi_diffusers.loaders import load_maisi_checkpoint
+from maisi_diffusers.training import encode_dataset
 from maisi_diffusers.training.data_list import Case, DataList, read_data_list, write_data_list
 from maisi_diffusers.training.latents import draw_latent, encode_volume, load_latent, resize_volume, to_intensities
+from tests.scripts.training_data import SCRIPTS
 from tests.tiny import make_pipeline
-
-from .training_data import SCRIPTS, load_script
 
 # Parts of the real CT, small enough for a test.
 PARTS = {"a/ct": np.s_[20:64, 30:66, 40:72], "b/ct": np.s_[40:72, 30:74, 60:84]}
 SIZES = {"a/ct": (48, 32, 32), "b/ct": (32, 48, 32)}  # the nearest multiples of 16
 TUMOR = 129
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script("encode_latents")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +85,7 @@ def output(tmp_path):
 
 
 @pytest.fixture
-def encode(script, vae, output):
+def encode(vae, output):
     def encode(source, *options, output=output, vae=vae, multiple=16):
         source = (
             ["--data_list", source / "dataset.json"] if (source / "dataset.json").is_file() else ["--images", source]
@@ -96,17 +93,17 @@ def encode(script, vae, output):
         arguments = [*source, "--vae", vae, "--output_dir", output, "--size_multiple", multiple, *options]
         if multiple is None:
             del arguments[6:8]
-        script.main([str(argument) for argument in arguments])
+        command.main([str(argument) for argument in arguments])
 
     return encode
 
 
 @pytest.fixture(scope="module")
-def encoded(script, real_data, vae, tmp_path_factory):
+def encoded(real_data, vae, tmp_path_factory):
     """What comes of the data list with default options; not to be changed."""
     output = tmp_path_factory.mktemp("encoded")
     arguments = ["--data_list", real_data / "dataset.json", "--vae", vae, "--output_dir", output]
-    script.main([*map(str, arguments), "--size_multiple", "16"])
+    command.main([*map(str, arguments), "--size_multiple", "16"])
     return output
 
 
@@ -261,16 +258,16 @@ def test_inputs_are_not_overwritten(encode, data):
     assert contents(data) == before
 
 
-def test_resume(encode, encoded, real_data, output, script, monkeypatch):
+def test_resume(encode, encoded, real_data, output, monkeypatch):
     """Only what is missing is made, and it is what it would have been."""
     shutil.copytree(encoded, output)
     (output / "a/ct_emb.nii.gz").unlink()
     (output / "b/ct_label.nii.gz").unlink()
     (output / "latents.json").unlink()
     made = []
-    encode_case = script.encode_case
+    encode_case = encode_dataset.encode_case
     monkeypatch.setattr(
-        script, "encode_case", lambda case, name, *rest: made.append(name) or encode_case(case, name, *rest)
+        encode_dataset, "encode_case", lambda case, name, *rest: made.append(name) or encode_case(case, name, *rest)
     )
     encode(real_data)
     assert made == ["a/ct", "b/ct"] and contents(output) == contents(encoded)
@@ -304,17 +301,17 @@ def test_another_vae_is_refused(encode, encoded, real_data, tmp_path):
     assert "made with vae=" in error_of(encode, real_data, output=encoded, vae=tmp_path / "other")
 
 
-def test_overwrite_goes_on_where_it_was_interrupted(encode, encoded, real_data, output, script, monkeypatch):
+def test_overwrite_goes_on_where_it_was_interrupted(encode, encoded, real_data, output, monkeypatch):
     """No latent of the old settings is taken for one of the new ones."""
     shutil.copytree(encoded, output)
-    encode_case = script.encode_case
+    encode_case = encode_dataset.encode_case
 
     def interrupted(case, name, *rest):
         if name == "b/ct":
             raise KeyboardInterrupt
         encode_case(case, name, *rest)
 
-    monkeypatch.setattr(script, "encode_case", interrupted)
+    monkeypatch.setattr(encode_dataset, "encode_case", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(real_data, "--posterior", "mean", "--overwrite")
     shutil.copy(encoded / "b/ct_emb.nii.gz", output / "b/ct_emb.nii.gz")
@@ -367,11 +364,11 @@ def test_a_file_that_went_bad_loses_its_latent(encode, encoded, data, output):
     assert len(read_data_list(output / "latents.json").cases) == 1
 
 
-def test_volumes_too_large(encode, real_data, output, script, monkeypatch, capsys):
+def test_volumes_too_large(encode, real_data, output, monkeypatch, capsys):
     def encode_volume(vae, volume):
         raise torch.OutOfMemoryError("Tried to allocate\n20.00 GiB.")
 
-    monkeypatch.setattr(script, "encode_volume", encode_volume)
+    monkeypatch.setattr(encode_dataset, "encode_volume", encode_volume)
     assert "2 of 2 cases failed" in error_of(encode, real_data)
     reason = "out of memory, encode in tiles with --tile_sample_size 256 (Tried to allocate 20.00 GiB.)"
     err = capsys.readouterr().err
@@ -421,16 +418,16 @@ def test_sources_of_a_vae(encode, encoded, real_data, output, pipe, published, t
 
 def test_no_such_vae(encode, real_data, pipe, output, published, tmp_path):
     pipe.unet.save_pretrained(tmp_path / "unet")
-    make_pipeline().mask_vae.save_pretrained(tmp_path / "mask_vae")
+    AutoencoderKLMaisi(3, 3, (16, 16), 1, norm_num_groups=8).save_pretrained(tmp_path / "colours")
     for vae, says in (
         (published, "say with --version which published checkpoint it is"),
         (tmp_path / "unet", "holds MaisiUNet3DConditionModel"),
-        (
-            tmp_path / "mask_vae",
-            "AutoencoderKLMaisi with in_channels=8, must be AutoencoderKLMaisi with in_channels=1",
-        ),
+        (tmp_path / "colours", "AutoencoderKLMaisi with in_channels=3, must be AutoencoderKLMaisi with in_channels=1"),
     ):
         assert says in error_of(encode, real_data, vae=vae)
+    for options in ([], ["--version", "rflow-ct"]):
+        message = error_of(encode, real_data, *options, "--subfolder", "masks", vae=published)
+        assert "masks" in message and "give" in message
     assert not output.exists()
 
 
@@ -456,8 +453,94 @@ def test_no_images(encode, tmp_path, vae):
     assert "has no .nii or .nii.gz file" in error_of(encode, vae)
 
 
+# Label maps
+
+
+@pytest.fixture(scope="module")
+def mask_vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "mask_vae"
+    make_pipeline().mask_vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded_labels(real_data, mask_vae, tmp_path_factory):
+    """What comes of the label maps of the data list; not to be changed."""
+    output = tmp_path_factory.mktemp("encoded labels")
+    arguments = ["--data_list", real_data / "dataset.json", "--vae", mask_vae, "--output_dir", output]
+    command.main([*map(str, arguments), "--size_multiple", "16"])
+    return output
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_latents_of_label_maps(encoded_labels, real_data, mask_vae, name):
+    """The posterior of the bits of the nearest labels; the images have no part in it."""
+    source = to_ras(load_label_map(real_data / f"{name}_mask.nii.gz"))
+    labels = resize_volume(source, SIZES[name], order=0)
+    stored = nib.load(encoded_labels / f"{name}_label.nii.gz")
+    assert np.array_equal(stored.dataobj, labels.dataobj) and stored.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(stored.affine, labels.affine, atol=1e-4)
+    assert set(np.unique(stored.dataobj)) <= set(np.unique(source.dataobj))
+
+    data = np.asarray(labels.dataobj)
+    bits = torch.from_numpy(np.stack([(data >> i) & 1 for i in range(8)])).float()
+    with torch.no_grad():
+        posterior = AutoencoderKLMaisi.from_pretrained(mask_vae).encode(bits[None]).latent_dist
+    expected = torch.cat([posterior.mean, posterior.logvar], 1)[0]
+    torch.testing.assert_close(load_latent(encoded_labels / f"{name}_emb.nii.gz", 8), expected)
+
+
+def test_list_of_label_maps(encode, data, output, mask_vae):
+    sizes = (0.5, *[-1.0] * 9)
+    change(data, organ_size=sizes, image=data / "a" / "gone.nii.gz")
+    for _ in range(2):
+        encode(data, vae=mask_vae)
+    first, second = read_data_list(output / "latents.json").cases
+    assert (first.organ_size, second.organ_size) == (sizes, None)
+    assert first.image == output / "a/gone_emb.nii.gz" and first.label == output / "a/gone_label.nii.gz"
+    assert first.dim == SIZES["a/ct"] and first.modality == "ct_contrast" and (first.fold, second.fold) == (0, 1)
+
+
+def test_folder_of_label_maps(encode, data, output, mask_vae, encoded_labels):
+    (data / "dataset.json").unlink()
+    for name in PARTS:
+        (data / f"{name}.nii.gz").unlink()
+        (data / f"{name}_mask.nii.gz").rename(data / f"{name}.nii.gz")
+    encode(data, vae=mask_vae)
+    made, expected = contents(output), contents(encoded_labels)
+    assert made.keys() == expected.keys()
+    assert all(made[name] == expected[name] for name in made if name.endswith(".nii.gz"))
+
+
+def test_mask_vae_of_a_pipeline(encode, real_data, output, mask_vae, encoded_labels, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "both")
+    encode(real_data, "--subfolder", "mask_vae", vae=tmp_path / "both", output=output / "both")
+    MaisiMaskPipeline.from_pipe(pipe).save_pretrained(tmp_path / "masks")
+    encode(real_data, vae=tmp_path / "masks", output=output / "masks")
+    assert contents(output / "both") == contents(output / "masks") == contents(encoded_labels)
+
+
+def test_cases_without_label_maps(encode, data, output, mask_vae):
+    change(data, label=None)
+    message = error_of(encode, data, vae=mask_vae)
+    assert "encodes label maps, and 1 of the 2 cases have none, that of" in message and "a/ct.nii.gz" in message
+    assert not output.exists()
+
+
+def test_labels_that_the_mask_vae_lacks(encode, data, mask_vae, capsys):
+    path = data / "a/ct_mask.nii.gz"
+    image = nib.load(path)
+    labels = np.asarray(image.dataobj).copy()
+    labels[labels == TUMOR] = 131
+    nib.Nifti1Image(labels, image.affine).to_filename(path)
+    assert "1 of 2 cases failed" in error_of(encode, data, vae=mask_vae)
+    assert "has labels [131], which the mask VAE has no output for" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(real_data, vae, output, encoded):
+@pytest.mark.parametrize("kind", ["images", "label maps"])
+def test_two_processes_write_the_same_bytes(real_data, vae, mask_vae, output, encoded, encoded_labels, kind):
     """And each of them does a part: the main one has one case of the two."""
     launch = [
         sys.executable,
@@ -472,7 +555,7 @@ def test_two_processes_write_the_same_bytes(real_data, vae, output, encoded):
         "--data_list",
         real_data / "dataset.json",
         "--vae",
-        vae,
+        vae if kind == "images" else mask_vae,
         "--output_dir",
         output,
         "--size_multiple",
@@ -483,4 +566,4 @@ def test_two_processes_write_the_same_bytes(real_data, vae, output, encoded):
     assert run.returncode == 0, run.stderr
     assert "1/1" in run.stderr and "2/2" not in run.stderr
     assert run.stdout.count("wrote") == 1 and "2 latents" in run.stdout
-    assert contents(output) == contents(encoded)
+    assert contents(output) == contents(encoded if kind == "images" else encoded_labels)
