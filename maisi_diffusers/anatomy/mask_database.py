@@ -11,6 +11,7 @@ The published layout: a JSON list beside a folder or a .zip of NIfTI label maps 
 and its last slice from the top; where an entry has none, they are told from its labels.
 """
 
+import glob
 import math
 import os
 import shutil
@@ -229,7 +230,7 @@ class MaisiMaskDatabase:
                 that is missing, a tumor that is not listed.
         """
         name = entry.pseudo_label_filename
-        source = self._fetch(name)
+        source = self._fetch(glob.escape(name))
         data = read_file(source, name, limit=MAX_HEADER + 8 * math.prod(entry.dim))
         try:
             # The size before the voxels: a header can ask for any amount of memory.

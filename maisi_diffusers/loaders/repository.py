@@ -27,6 +27,10 @@ class Repository:
     cache_dir: str | os.PathLike | None = None
     local_files_only: bool = False
 
+    def __post_init__(self):
+        if os.path.isdir(self.source):  # still the same one when the working directory is another
+            object.__setattr__(self, "source", os.path.abspath(self.source))
+
     def fetch(self, *patterns: str) -> Path:
         """
         The local folder that has the files matching any of the patterns (`*` goes across folders), as far as the

@@ -17,6 +17,8 @@ from diffusers.utils import logging
 from ..anatomy import (
     TUMORS,
     add_body_label,
+    check_quality,
+    complete_anatomy_size,
     label_bits,
     label_index,
     label_name,
@@ -42,10 +44,11 @@ from ..imaging import (
     to_hu,
     to_ras,
 )
-from ..loaders import VERSIONS, load_maisi_checkpoint
+from ..loaders import VERSIONS, Repository, load_maisi_checkpoint
 from ..models import AutoencoderKLMaisi, MaisiControlNetModel, MaisiUNet3DConditionModel
 from ..schedulers import MaisiRFlowScheduler
 from ..schedulers.flow_solvers import set_timesteps
+from .anatomy_files import AnatomyFiles, AnatomyFilesMixin
 from .denoising import check_sampling, denoise, prediction_type_of, prepare_latents
 from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid
 from .pipeline_maisi_mask import MaisiMaskPipeline, anatomy_size_vector
@@ -59,7 +62,7 @@ DEFAULT_SPACING = (1.0, 1.0, 1.0)
 CONDITION_SCALE = 100.0
 
 
-class MaisiCTPipeline(DiffusionPipeline):
+class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
     r"""
     Make CT (or MR) volumes with paired label maps
     ([Guo et al., 2024](https://arxiv.org/abs/2409.11169), [Zhao et al., 2025](https://arxiv.org/abs/2508.05772)).
@@ -81,6 +84,13 @@ class MaisiCTPipeline(DiffusionPipeline):
             [`maisi_diffusers.pipelines.input_rules`]); `None` for the hard limit alone, divisibility.
         mask_latent_size: voxels of a generated label map's latent.
         mask_spacing: spacing of a generated label map in mm.
+        default_output_size: voxels along X, Y, Z where a call gives none; `None` for 512 x 512 x 512.
+        default_spacing: mm along X, Y, Z where a call gives none; `None` for 1 mm.
+        quality_thresholds: organ -> lowest and highest median in HU of [`check_quality`]; `None` for those of the
+            published training data.
+
+    `pipe.mask_database` and `pipe.anatomy_size_conditions` come from the folder `mask_database` of the repository that
+    the pipeline is loaded from (see docs/mask_database.md), when they are first used. Both can be set.
 
     Example:
 
@@ -115,6 +125,9 @@ class MaisiCTPipeline(DiffusionPipeline):
         input_rules: dict | None = None,
         mask_latent_size: list[int] = [64, 64, 64],
         mask_spacing: list[float] = [1.5, 1.5, 1.5],
+        default_output_size: list[int] | None = None,
+        default_spacing: list[float] | None = None,
+        quality_thresholds: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -133,6 +146,9 @@ class MaisiCTPipeline(DiffusionPipeline):
             input_rules=input_rules,
             mask_latent_size=list(mask_latent_size),
             mask_spacing=list(mask_spacing),
+            default_output_size=None if default_output_size is None else list(default_output_size),
+            default_spacing=None if default_spacing is None else list(default_spacing),
+            quality_thresholds=quality_thresholds,
         )
         self._interrupt = False
 
@@ -149,8 +165,9 @@ class MaisiCTPipeline(DiffusionPipeline):
         The pipeline of a published checkpoint.
 
         Args:
-            source: a folder in the published layout (`models/*.pt`, optionally `configs/config_network_*.json`), or a
-                Hub repository id such as `"nvidia/NV-Generate-CT"`.
+            source: a folder in the published layout (`models/*.pt`, optionally `configs/config_network_*.json` and
+                `datasets`), or a Hub repository id such as `"nvidia/NV-Generate-CT"`, from which `datasets` is
+                downloaded when it is first needed.
             version: `"rflow-ct"`, `"ddpm-ct"`, `"rflow-mr"` or `"rflow-mr-brain"`.
             torch_dtype: dtype of the networks.
             strict: an unexpected key in a file is an error; otherwise it is dropped with a warning.
@@ -162,12 +179,15 @@ class MaisiCTPipeline(DiffusionPipeline):
         """
         components = load_maisi_checkpoint(source, version, torch_dtype, strict, **hub_kwargs)
         is_ct = version.endswith("-ct")
-        return cls(
+        pipe = cls(
             **components,
             num_inference_steps=30 if VERSIONS[version].kind == "rflow" else 1000,
             modality="ct" if is_ct else "mri",
             input_rules=CT_RULES if is_ct else MR_RULES,
         )
+        if VERSIONS[version].anatomy is not None:
+            pipe._anatomy_files = AnatomyFiles(Repository(source, **hub_kwargs), **VERSIONS[version].anatomy)
+        return pipe
 
     @property
     def num_timesteps(self) -> int:
@@ -266,10 +286,16 @@ class MaisiCTPipeline(DiffusionPipeline):
                 "this model has no ControlNet and cannot follow a label map: call it with image_only=True"
             )
         if not image_only and not {"mask", "controllable_anatomy_size", "anatomy_size"} & set(given):
-            raise ValueError(
-                "this call has no label map and this model no mask database to look one up in: give mask=, "
-                "controllable_anatomy_size= or image_only=True"
-            )
+            if not body_region and not anatomy_list:
+                raise ValueError(
+                    "this call has no label map: give body_region= or anatomy_list= to look one up in the mask "
+                    "database, mask=, controllable_anatomy_size= or image_only=True"
+                )
+            if self.mask_database is None:
+                raise ValueError(
+                    "this call has no label map and this model no mask database to look one up in: give mask=, "
+                    "controllable_anatomy_size= or image_only=True, or set pipe.mask_database"
+                )
         if (controllable_anatomy_size is not None or anatomy_size is not None) and None in (
             self.mask_vae,
             self.mask_unet,
@@ -344,6 +370,39 @@ class MaisiCTPipeline(DiffusionPipeline):
             )
         return on_grid
 
+    def look_up_masks(
+        self,
+        body_region: list[str] | None,
+        anatomy_list: list[str] | None,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_size: tuple[int, int, int],
+        spacing: tuple[float, float, float],
+    ) -> tuple[list[nib.Nifti1Image], list[tuple[int, int]] | None]:
+        """
+        Label maps from the mask database, chosen at random from those that fit, one an image.
+
+        Returns:
+            the label maps, uint8 in RAS+, and the region (0..3) of the first and of the last slice of each; `None`
+            where the database does not know them all.
+
+        Raises:
+            FileNotFoundError: a label map that is not there.
+            ValueError: none that fits; a damaged one.
+        """
+        database = self.mask_database
+        entries = database.search(
+            body_region, anatomy_list, output_size, spacing, vocabulary=self.vocabulary, tumors=self.tumors
+        )
+        chosen = database.select(entries, num_images, generator)
+        affine = spacing_affine(spacing)
+        label_maps = {
+            entry: labels_to_nifti(np.asarray(add_body_label(database.load(entry)).dataobj), affine)
+            for entry in dict.fromkeys(chosen)
+        }
+        regions = [entry.regions for entry in chosen]
+        return [label_maps[entry] for entry in chosen], None if None in regions else regions
+
     def generate_masks(
         self,
         controllable_anatomy_size: list[tuple[str, float]] | None,
@@ -353,7 +412,11 @@ class MaisiCTPipeline(DiffusionPipeline):
         output_size: tuple[int, int, int],
         spacing: tuple[float, float, float],
     ) -> list[nib.Nifti1Image]:
-        """Label maps made by [`MaisiMaskPipeline`], one an image, on the wanted grid."""
+        """Label maps made by [`MaisiMaskPipeline`], one an image, on the wanted grid; the sizes that are not given are
+        those of a real case, where the model has some."""
+        if controllable_anatomy_size is not None and self.anatomy_size_conditions is not None:
+            anatomy_size = complete_anatomy_size(controllable_anatomy_size, self.anatomy_size_conditions)
+            controllable_anatomy_size = None
         mask_pipeline = MaisiMaskPipeline(
             self.mask_vae,
             self.mask_unet,
@@ -373,13 +436,18 @@ class MaisiCTPipeline(DiffusionPipeline):
         body_region: list[str] | None,
         label_maps: list[nib.Nifti1Image] | None,
         device: torch.device,
+        regions: list[tuple[int, int]] | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         What the UNet takes besides the latents.
 
+        Args:
+            regions: of the first and of the last slice, one pair (0..3) an image, where the mask database told.
+
         Returns:
             `class_labels` (N,), `spacing` (N, 3), `top_region_index` and `bottom_region_index` (N, 4), each where the
-            model has it. `body_region`, where given, wins over the regions seen in the label maps.
+            model has it. `body_region`, where given, wins over the regions seen in the label maps, but not over those
+            of the mask database, in which it was looked for.
         """
         dtype = self.unet.dtype
         conditions = {}
@@ -389,9 +457,9 @@ class MaisiCTPipeline(DiffusionPipeline):
             mm = torch.tensor(spacing, dtype=torch.float32, device=device) * CONDITION_SCALE
             conditions["spacing"] = mm.to(dtype).expand(num_images, -1)
         if self.unet.config.use_region_index:
-            if body_region:
+            if regions is None and body_region:
                 regions = [regions_from_words(body_region)] * num_images
-            else:
+            elif regions is None:
                 regions = [regions_from_labels(labels_present(np.asarray(labels.dataobj))) for labels in label_maps]
                 regions = regions * (num_images // len(regions))
             for i, name in enumerate(("top_region_index", "bottom_region_index")):
@@ -465,6 +533,22 @@ class MaisiCTPipeline(DiffusionPipeline):
             images.append(image)
         return torch.cat(images)
 
+    def check_quality(self, image: np.ndarray, labels: np.ndarray, modality: str | int | None = None) -> dict | None:
+        """
+        Whether the organs of a made CT have the median HU that they may have.
+
+        Args:
+            image: (X, Y, Z) in HU.
+            labels: its label map (X, Y, Z), uint8.
+            modality: what was made; the model's own if not given.
+
+        Returns:
+            what [`maisi_diffusers.anatomy.check_quality`] finds; `None` for MR, which has no such ranges.
+        """
+        if not is_ct(modality_code(self.config.modality if modality is None else modality)):
+            return None
+        return check_quality(image, labels, self.config.quality_thresholds, self.vocabulary)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -493,15 +577,19 @@ class MaisiCTPipeline(DiffusionPipeline):
     ) -> MaisiCTPipelineOutput | tuple:
         r"""
         Args:
-            body_region: words for the regions to show: head, chest (thorax), abdomen, pelvis (lower).
-            anatomy_list: names of labels that a looked-up label map must have.
+            body_region: words for the regions to show: head, chest (thorax), abdomen, pelvis (lower). With nothing
+                that says what the label map is, one that shows them is looked up in the mask database.
+            anatomy_list: names of labels: a label map that has them, and no tumor that is not among them, is looked up
+                in the mask database, with `body_region` where given.
             controllable_anatomy_size: pairs of name and size, e.g. `[("liver", 0.5), ("hepatic tumor", 0.3)]`: a label
                 map is generated.
             mask: the user's own label map: path or nibabel image, integers, any orientation and affine.
             image_only: no label map and no ControlNet.
             output_size: voxels along X, Y, Z; if not given, with `mask` the nearest allowed grid with its field of
-                view, otherwise 512 x 512 x 512.
-            spacing: mm along X, Y, Z; with `mask` what keeps its field of view if not given, otherwise 1 mm.
+                view, otherwise the model's own or 512 x 512 x 512. A looked-up label map has exactly this size and
+                spacing.
+            spacing: mm along X, Y, Z; with `mask` what keeps its field of view if not given, otherwise the model's own
+                or 1 mm.
             modality: name or code, e.g. `"ct"`, `"ct_contrast"`, `"t1"`; the model's own if not given.
             num_images: images to make, all at once.
             num_inference_steps: as many as the model was released with if not given.
@@ -548,13 +636,16 @@ class MaisiCTPipeline(DiffusionPipeline):
             output_type,
             restore_grid,
         )
-        label_maps = None
+        label_maps = regions = None
         if mask is not None:
             label_maps = [self.prepare_mask(mask, mask_vocabulary, body_image, output_size, spacing)]
             output_size, spacing = label_maps[0].shape, spacing_of(label_maps[0])
         else:
-            output_size = tuple(output_size or DEFAULT_SIZE)
-            spacing = tuple(spacing or DEFAULT_SPACING)
+            if output_size is None:
+                output_size = self.config.default_output_size or DEFAULT_SIZE
+            if spacing is None:
+                spacing = self.config.default_spacing or DEFAULT_SPACING
+            output_size, spacing = tuple(output_size), tuple(spacing)
             check_grid(output_size, spacing, self.size_multiple, self.config.input_rules)
         ratio = self.vae.spatial_compression_ratio
         latent_shape = (num_images, self.unet.config.in_channels, *(size // ratio for size in output_size))
@@ -570,15 +661,19 @@ class MaisiCTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
 
-        # 2. Generate label maps where sizes were asked for
+        # 2. Generate label maps where sizes were asked for, look them up where only what they are to show
         if controllable_anatomy_size is not None or anatomy_size is not None:
             label_maps = self.generate_masks(
                 controllable_anatomy_size, anatomy_size, num_images, generator, output_size, spacing
             )
+        elif mask is None and not image_only:
+            label_maps, regions = self.look_up_masks(
+                body_region, anatomy_list, num_images, generator, output_size, spacing
+            )
 
         # 3. Prepare conditions
         device = self._execution_device
-        conditions = self.prepare_conditions(num_images, spacing, modality, body_region, label_maps, device)
+        conditions = self.prepare_conditions(num_images, spacing, modality, body_region, label_maps, device, regions)
         embedding = uncond_embedding = None
         if label_maps is not None:
             arrays = [np.asarray(labels.dataobj) for labels in label_maps]
