@@ -10,11 +10,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..anatomy import CONTROLLABLE_ANATOMY, MASK_VAE_LABELS
 from ..imaging import labels_to_nifti, spacing_affine
 from ..models import AutoencoderKLMaisi, MaisiUNet3DConditionModel
+from ..schedulers import MaisiRFlowScheduler
 from ..schedulers.flow_solvers import set_timesteps
-from .denoising import check_sampling, denoise, prepare_latents
+from .denoising import check_sampling, denoise, prediction_type_of, prepare_latents
 from .pipeline_output import MaisiMaskPipelineOutput
 
 ABSENT = -1.0
+RFLOW_STEPS = 30
 
 
 def anatomy_size_vector(
@@ -77,9 +79,14 @@ class MaisiMaskPipeline(DiffusionPipeline):
     Args:
         mask_vae: the VAE of label maps, whose outputs are the 125 labels of [`MASK_VAE_LABELS`].
         mask_unet: the UNet of its latents.
-        mask_scheduler: the scheduler it was trained with.
+        mask_scheduler: the scheduler it was trained with, or, for a rectified-flow model, a flow solver of diffusers
+            made by `from_config(pipe.mask_scheduler.config)`.
         mask_latent_size: voxels of the latent along X, Y, Z.
         mask_spacing: spacing of the label maps in mm.
+        mask_prediction_type: what the UNet predicts, `"flow_prediction"` or `"epsilon"`; what the scheduler takes if
+            not given.
+        mask_num_inference_steps: the number of steps where a call gives none; if not given, 30 for rectified flow and
+            as many as the scheduler was trained with for DDPM.
 
     Example:
 
@@ -99,13 +106,20 @@ class MaisiMaskPipeline(DiffusionPipeline):
         self,
         mask_vae: AutoencoderKLMaisi,
         mask_unet: MaisiUNet3DConditionModel,
-        mask_scheduler: DDPMScheduler,
+        mask_scheduler: DDPMScheduler | MaisiRFlowScheduler,
         mask_latent_size: list[int] = [64, 64, 64],
         mask_spacing: list[float] = [1.5, 1.5, 1.5],
+        mask_prediction_type: str | None = None,
+        mask_num_inference_steps: int | None = None,
     ):
         super().__init__()
         self.register_modules(mask_vae=mask_vae, mask_unet=mask_unet, mask_scheduler=mask_scheduler)
-        self.register_to_config(mask_latent_size=list(mask_latent_size), mask_spacing=list(mask_spacing))
+        self.register_to_config(
+            mask_latent_size=list(mask_latent_size),
+            mask_spacing=list(mask_spacing),
+            mask_prediction_type=mask_prediction_type or prediction_type_of(mask_scheduler),
+            mask_num_inference_steps=mask_num_inference_steps,
+        )
         self._interrupt = False
 
     @property
@@ -130,11 +144,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
         """
         table = torch.tensor(MASK_VAE_LABELS, dtype=torch.uint8, device=latents.device)
         latents = latents.to(self.mask_vae.dtype) / self.mask_vae.config.scaling_factor
-        masks = []
-        for latent in latents.split(1):  # 125 logits a voxel: one map at a time
-            logits = self.mask_vae.decode(latent, return_dict=False)[0]
-            masks.append(table[logits.argmax(dim=1, keepdim=True)])
-        return torch.cat(masks)
+        return table[self.mask_vae.decode_classes(latents).long()]
 
     @torch.no_grad()
     def __call__(
@@ -156,7 +166,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
                 or -1 for absent; at most one tumor. The anatomy not named is absent.
             anatomy_size: the whole vector of 10 sizes instead.
             num_images: label maps to make.
-            num_inference_steps: as many as the scheduler was trained with, if not given.
+            num_inference_steps: the model's own number if not given.
             generator: one, or one a label map, for the same result again.
             latents (N, C, X, Y, Z): the initial noise instead of drawing it.
             output_type: `"nifti"`, `"np"`, `"pt"` or `"latent"`.
@@ -170,7 +180,9 @@ class MaisiMaskPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if num_inference_steps is None:
-            num_inference_steps = self.mask_scheduler.config.num_train_timesteps
+            is_flow = self.config.mask_prediction_type == "flow_prediction"
+            own = RFLOW_STEPS if is_flow else self.mask_scheduler.config.num_train_timesteps
+            num_inference_steps = self.config.mask_num_inference_steps or own
         self._interrupt = False
 
         # 1. Check inputs
@@ -178,7 +190,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
         latent_shape = (num_images, self.mask_unet.config.in_channels, *self.config.mask_latent_size)
         check_sampling(
             self.mask_scheduler,
-            "epsilon",
+            self.config.mask_prediction_type,
             num_images,
             num_inference_steps,
             generator,

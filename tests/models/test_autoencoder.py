@@ -210,6 +210,54 @@ def test_tiled_dtype(vae):
     assert decode(vae, latent(vae, (16, 8, 8)).bfloat16()).dtype == torch.bfloat16
 
 
+# Classes
+
+
+def classes_of(vae, z):
+    return decode(vae, z).argmax(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("size", [(8, 12, 16), (16, 8, 8), (20, 8, 12), (40, 8, 8)], ids=str)
+def test_classes_are_the_largest_outputs(size):
+    """Whatever the slabs: less than one, one, several, and a last one of few planes."""
+    vae = build("mask vae")
+    z = latent(vae, size, batch=2)
+    classes = vae.decode_classes(z)
+    assert classes.shape == (2, 1, *size) and classes.dtype == torch.int16
+    assert torch.equal(classes, classes_of(vae, z).short()) and len(classes.unique()) > 10
+
+
+def test_outputs_of_few_planes_are_in_memory():
+    vae, seen = build("mask vae"), []
+    vae.decoder.conv_out.register_forward_hook(lambda module, args, output: seen.append(output.shape[2]))
+    vae.decode_classes(latent(vae, (64, 8, 8)))
+    assert sum(seen) == 64 + 2 * 3 and max(seen) == 18
+
+
+@pytest.mark.parametrize("tile", [36, SIZE], ids=str)
+def test_classes_in_one_tile(tile):
+    vae = build("mask vae")
+    z = latent(vae, SIZE)
+    expected = classes_of(vae, z)
+    vae.enable_tiling(tile)
+    assert torch.equal(vae.decode_classes(z).long(), expected)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_classes_are_those_of_the_nearest_tile(axis, monkeypatch):
+    vae, count = build("mask vae"), itertools.count(1)
+
+    def number(z, return_classes):
+        return torch.full((1, 1, *(4 * length for length in z.shape[2:])), next(count), dtype=torch.int16)
+
+    monkeypatch.setattr(vae.decoder, "forward", number)
+    size = [8, 8, 8]
+    size[axis] = 24
+    vae.enable_tiling(16, 0.5)
+    profile = vae.decode_classes(latent(vae, size)).movedim(2 + axis, -1)[0, 0, 3, 5]
+    assert profile.tolist() == [1] * 12 + [2] * 12
+
+
 def test_two_levels():
     vae = build("image vae", block_out_channels=(64, 64))
     x = image(vae, (10, 6, 14))

@@ -1,0 +1,116 @@
+"""Label maps from anatomy sizes, by DDPM and by rectified flow."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from maisi_diffusers import MaisiMaskPipeline, MaisiRFlowScheduler
+from maisi_diffusers.anatomy import MASK_VAE_LABELS
+from tests.tiny import make_pipeline, seeded
+
+SIZES = [0.5, 0.6, -1.0, 0.3, 0.4, -1.0, -1.0, 0.2, -1.0, -1.0]
+
+
+def make_mask_pipeline(kind, **config):
+    networks = make_pipeline()
+    scheduler = networks.mask_scheduler if kind == "ddpm" else MaisiRFlowScheduler()
+    pipe = MaisiMaskPipeline(networks.mask_vae, networks.mask_unet, scheduler, (4, 4, 6), (6.0, 6.0, 4.0), **config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module", params=["ddpm", "rflow"])
+def pipe(request):
+    return make_mask_pipeline(request.param)
+
+
+def call(pipe, seed=0, output_type="np", anatomy_size=SIZES, **kwargs):
+    return pipe(anatomy_size=anatomy_size, generator=seeded(seed), output_type=output_type, **kwargs).masks
+
+
+def test_output(pipe):
+    (mask,) = call(pipe, output_type="nifti")
+    assert mask.shape == (16, 16, 24) and mask.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(mask.affine, np.diag([6, 6, 4, 1]))
+    assert set(np.unique(mask.dataobj)) <= set(MASK_VAE_LABELS)
+
+
+def test_seeds(pipe):
+    assert np.array_equal(call(pipe), call(pipe))
+    assert not np.array_equal(call(pipe), call(pipe, seed=1))
+    assert not torch.equal(
+        call(pipe, output_type="latent"), call(pipe, output_type="latent", anatomy_size=[0.9] * 5 + [-1] * 5)
+    )
+
+
+def test_label_maps_are_the_largest_logits(pipe):
+    latents = call(pipe, output_type="latent", num_images=2)
+    with torch.no_grad():
+        logits = pipe.mask_vae.decode(latents / pipe.mask_vae.config.scaling_factor).sample
+    expected = torch.tensor(MASK_VAE_LABELS)[logits.argmax(1)]
+    assert np.array_equal(call(pipe, num_images=2), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "steps"),
+    [
+        ("ddpm", {}, 3),  # as many as it was trained with
+        ("ddpm", {"mask_num_inference_steps": 2}, 2),
+        ("rflow", {}, 30),
+        ("rflow", {"mask_num_inference_steps": 4}, 4),
+    ],
+)
+def test_number_of_steps(kind, config, steps):
+    pipe = make_mask_pipeline(kind, **config)
+    call(pipe, output_type="latent")
+    assert pipe.num_timesteps == steps
+    call(pipe, output_type="latent", num_inference_steps=1)
+    assert pipe.num_timesteps == 1
+
+
+def test_rectified_flow_is_integrated():
+    """One step: the noise and the velocity there."""
+    pipe = make_mask_pipeline("rflow")
+    noise = torch.randn(1, 4, 4, 4, 6, generator=seeded())
+    with torch.no_grad():
+        velocity = pipe.mask_unet(noise, torch.tensor(1000.0), encoder_hidden_states=torch.tensor([[SIZES]])).sample
+    latents = call(pipe, output_type="latent", num_inference_steps=1)
+    torch.testing.assert_close(latents, noise + velocity, rtol=1e-4, atol=1e-4)
+
+
+def test_flow_solvers_of_diffusers():
+    pipe = make_mask_pipeline("rflow")
+    expected = call(pipe, output_type="latent", num_inference_steps=5)
+    for solver in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler):
+        pipe.mask_scheduler = solver.from_config(pipe.mask_scheduler.config)
+        latents = call(pipe, output_type="latent", num_inference_steps=5)
+        assert (latents - expected).std() < (1e-4 if solver is FlowMatchEulerDiscreteScheduler else 0.5)
+
+
+def test_saved(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "model_index.json").read_text())
+    kind = "epsilon" if isinstance(pipe.mask_scheduler, DDPMScheduler) else "flow_prediction"
+    assert config["mask_prediction_type"] == kind and config["mask_num_inference_steps"] is None
+    for loader in (MaisiMaskPipeline, DiffusionPipeline):
+        loaded = loader.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded) is MaisiMaskPipeline and type(loaded.mask_scheduler) is type(pipe.mask_scheduler)
+        assert np.array_equal(call(loaded), call(pipe))
+
+
+def test_scheduler_of_the_other_kind(tmp_path):
+    """Before any network runs, whatever was put in the place of the model's own."""
+    pipe = make_mask_pipeline("rflow")
+    pipe.mask_unet.forward = None
+    pipe.mask_scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match="DDPMScheduler cannot sample from a model with prediction_type='flow_pred"):
+        call(pipe)
+    pipe.mask_scheduler = MaisiRFlowScheduler()
+    with pytest.raises(
+        ValueError, match="num_inference_steps=1001 is not allowed: give a whole number from 1 to 1000"
+    ):
+        call(pipe, num_inference_steps=1001)
