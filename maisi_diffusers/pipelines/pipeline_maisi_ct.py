@@ -84,6 +84,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             [`maisi_diffusers.pipelines.input_rules`]); `None` for the hard limit alone, divisibility.
         mask_latent_size: voxels of a generated label map's latent.
         mask_spacing: spacing of a generated label map in mm.
+        mask_prediction_type, mask_num_inference_steps: of the mask UNet, see [`MaisiMaskPipeline`].
         default_output_size: voxels along X, Y, Z where a call gives none; `None` for 512 x 512 x 512.
         default_spacing: mm along X, Y, Z where a call gives none; `None` for 1 mm.
         quality_thresholds: organ -> lowest and highest median in HU of [`check_quality`]; `None` for those of the
@@ -118,7 +119,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         controlnet: MaisiControlNetModel | None = None,
         mask_vae: AutoencoderKLMaisi | None = None,
         mask_unet: MaisiUNet3DConditionModel | None = None,
-        mask_scheduler: DDPMScheduler | None = None,
+        mask_scheduler: DDPMScheduler | MaisiRFlowScheduler | None = None,
         num_inference_steps: int = 30,
         modality: str = "ct",
         prediction_type: str | None = None,
@@ -128,8 +129,12 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         default_output_size: list[int] | None = None,
         default_spacing: list[float] | None = None,
         quality_thresholds: dict | None = None,
+        mask_prediction_type: str | None = None,
+        mask_num_inference_steps: int | None = None,
     ):
         super().__init__()
+        if mask_scheduler is not None:
+            mask_prediction_type = mask_prediction_type or prediction_type_of(mask_scheduler)
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -146,6 +151,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             input_rules=input_rules,
             mask_latent_size=list(mask_latent_size),
             mask_spacing=list(mask_spacing),
+            mask_prediction_type=mask_prediction_type,
+            mask_num_inference_steps=mask_num_inference_steps,
             default_output_size=None if default_output_size is None else list(default_output_size),
             default_spacing=None if default_spacing is None else list(default_spacing),
             quality_thresholds=quality_thresholds,
@@ -423,6 +430,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             self.mask_scheduler,
             mask_latent_size=self.config.mask_latent_size,
             mask_spacing=self.config.mask_spacing,
+            mask_prediction_type=self.config.mask_prediction_type,
+            mask_num_inference_steps=self.config.mask_num_inference_steps,
         )
         mask_pipeline.set_progress_bar_config(**{"desc": "Label map", **getattr(self, "_progress_bar_config", {})})
         masks = mask_pipeline(controllable_anatomy_size, anatomy_size, num_images, generator=generator).masks

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from maisi_diffusers import MaisiMaskPipeline, MaisiRFlowScheduler
+from maisi_diffusers import MaisiCTPipeline, MaisiMaskPipeline, MaisiRFlowScheduler
 from maisi_diffusers.anatomy import MASK_VAE_LABELS
-from tests.tiny import make_pipeline, seeded
+from tests.tiny import SPACING, make_pipeline, seeded
 
 SIZES = [0.5, 0.6, -1.0, 0.3, 0.4, -1.0, -1.0, 0.2, -1.0, -1.0]
 
@@ -100,6 +100,24 @@ def test_saved(pipe, tmp_path):
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded) is MaisiMaskPipeline and type(loaded.mask_scheduler) is type(pipe.mask_scheduler)
         assert np.array_equal(call(loaded), call(pipe))
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "rflow"])
+def test_in_a_ct_pipeline(kind, tmp_path):
+    """It carries the mask model's settings through saving, and its label maps are those of the mask pipeline."""
+    components = make_pipeline().components | make_mask_pipeline(kind).components
+    MaisiCTPipeline(
+        **components, mask_latent_size=(4, 4, 4), mask_spacing=SPACING, mask_num_inference_steps=2
+    ).save_pretrained(tmp_path)
+    pipe = MaisiCTPipeline.from_pretrained(tmp_path)
+    masks = MaisiMaskPipeline.from_pipe(pipe)
+    for one in (pipe, masks):
+        one.set_progress_bar_config(disable=True)
+        assert one.config.mask_prediction_type == ("epsilon" if kind == "ddpm" else "flow_prediction")
+    (mask,) = call(masks)
+    assert masks.num_timesteps == 2
+    (made,) = pipe.generate_masks(None, SIZES, 1, seeded(), mask.shape, SPACING)
+    assert np.array_equal(made.dataobj, mask)
 
 
 def test_scheduler_of_the_other_kind(tmp_path):
