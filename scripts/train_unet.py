@@ -1,5 +1,7 @@
 r"""
-Train the diffusion UNet of MAISI on latents: go on with a model's own, or train a new one.
+Train a diffusion UNet of MAISI on latents: go on with a model's own, or train a new one. The VAE says which of the two
+it is: the image UNet on the latents of CT or MR volumes, or the mask UNet on those of label maps, with the sizes of
+organs and tumors, the `organ_size` of the data list, as its condition.
 
 Example:
 
@@ -8,23 +10,37 @@ accelerate launch scripts/train_unet.py --pretrained_model_name_or_path maisi-rf
     --data_list latents/latents.json --output_dir unet
 accelerate launch scripts/train_unet.py --vae_model_name_or_path vae --unet_config_name_or_path unet/config.json \
     --data_list latents/latents.json --output_dir unet
+accelerate launch scripts/train_unet.py --vae_model_name_or_path mask-vae \
+    --unet_config_name_or_path mask_unet/config.json --data_list mask-latents/latents.json --output_dir masks
 ```
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
 
-from maisi_diffusers import AutoencoderKLMaisi, MaisiCTPipeline, MaisiRFlowScheduler, MaisiUNet3DConditionModel
+from maisi_diffusers import (
+    AutoencoderKLMaisi,
+    MaisiCTPipeline,
+    MaisiMaskPipeline,
+    MaisiRFlowScheduler,
+    MaisiUNet3DConditionModel,
+)
+from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY
+from maisi_diffusers.imaging import spacing_of, to_ras
 from maisi_diffusers.training.arguments import add_optimizer_arguments, add_run_arguments, parse_args
-from maisi_diffusers.training.base_model import add_model_arguments, load_base_model
-from maisi_diffusers.training.data_list import read_data_list, split_fold
+from maisi_diffusers.training.base_model import add_model_arguments, load_any_base_model
+from maisi_diffusers.training.data_list import Case, read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
 from maisi_diffusers.training.files import write_files_atomically
+from maisi_diffusers.training.latents import encodes_labels
 from maisi_diffusers.training.loop import Trainer
 from maisi_diffusers.training.objectives import DiffusionObjective
 from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimizer
@@ -39,7 +55,7 @@ from maisi_diffusers.training.run import (
     save_trained,
     write_model_card,
 )
-from maisi_diffusers.training.validation import log_pictures, mean_loss, sample_unconditioned
+from maisi_diffusers.training.validation import log_pictures, mean_loss, sample_masks, sample_unconditioned
 
 logger = get_logger(__name__)
 
@@ -48,7 +64,7 @@ DDPM = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linea
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parser = argparse.ArgumentParser(description="Train the diffusion UNet of MAISI.")
+    parser = argparse.ArgumentParser(description="Train a diffusion UNet of MAISI, of images or of label maps.")
     add_model_arguments(parser, required=False)
     parser.add_argument("--vae_model_name_or_path", help="VAE that encoded the latents, instead of the model's")
     parser.add_argument("--unet_config_name_or_path", help="train a new UNet with this config: a JSON file or folder")
@@ -72,40 +88,86 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--use_ema", action="store_true", help="save averaged weights")
     group.add_argument("--ema_decay", type=float, default=0.9999)
     group = parser.add_argument_group("validation")
-    group.add_argument("--num_validation_images", type=int, default=2, help="images to make, without label maps")
+    group.add_argument("--num_validation_images", type=int, default=2, help="images or label maps to make")
     group.add_argument("--validation_num_inference_steps", type=int, help="the model's own number if not given")
     return parser
 
 
-def load_pipeline(args: argparse.Namespace) -> MaisiCTPipeline:
+def load_pipeline(args: argparse.Namespace) -> MaisiCTPipeline | MaisiMaskPipeline:
     """
-    The model to train in an image-only pipeline, in float32.
+    The model to train in an image-only pipeline, or in one of label maps if the VAE is of these, in float32.
 
     Raises:
-        ValueError: if neither a model nor the parts of a new one are given.
+        ValueError: if neither a model nor the parts of a new one are given, or if these do not belong together.
     """
-    base = None if args.pretrained_model_name_or_path is None else load_base_model(args)
+    base = None if args.pretrained_model_name_or_path is None else load_any_base_model(args)
     if base is None and None in (args.vae_model_name_or_path, args.unet_config_name_or_path):
         raise ValueError(
             "nothing to train: give --pretrained_model_name_or_path, or for a new UNet --vae_model_name_or_path and "
             "--unet_config_name_or_path"
         )
+    vae, unet, scheduler = (None,) * 3 if base is None else parts_of(base)
     if args.vae_model_name_or_path is not None:
         vae = AutoencoderKLMaisi.from_pretrained(args.vae_model_name_or_path, cache_dir=args.cache_dir)
-    else:
-        vae = base.vae
     if args.unet_config_name_or_path is not None:
         config = MaisiUNet3DConditionModel.load_config(args.unet_config_name_or_path, cache_dir=args.cache_dir)
         unet = MaisiUNet3DConditionModel.from_config(config)
-    else:
-        unet = base.unet
-    if args.noise_scheduler is not None or base is None:
+    check_parts(base, vae, unet)
+    is_new_scheduler = args.noise_scheduler is not None or base is None
+    if is_new_scheduler:
         scheduler = DDPMScheduler(**DDPM) if args.noise_scheduler == "ddpm" else MaisiRFlowScheduler()
-        steps = 1000 if args.noise_scheduler == "ddpm" else 30
-    else:
-        scheduler, steps = base.scheduler, base.config.num_inference_steps
+    if encodes_labels(vae):
+        steps = None if is_new_scheduler else base.config.mask_num_inference_steps
+        return MaisiMaskPipeline(vae, unet, scheduler, mask_num_inference_steps=steps)
+    new_steps = 1000 if args.noise_scheduler == "ddpm" else 30
+    steps = new_steps if is_new_scheduler else base.config.num_inference_steps
     modality = "ct" if base is None else base.config.modality
     return MaisiCTPipeline(vae, unet, scheduler, num_inference_steps=steps, modality=modality)
+
+
+def parts_of(
+    pipe: MaisiCTPipeline | MaisiMaskPipeline,
+) -> tuple[AutoencoderKLMaisi, MaisiUNet3DConditionModel, DDPMScheduler | MaisiRFlowScheduler]:
+    """VAE, UNet and scheduler of a pipeline of either kind."""
+    if isinstance(pipe, MaisiMaskPipeline):
+        return pipe.mask_vae, pipe.mask_unet, pipe.mask_scheduler
+    return pipe.vae, pipe.unet, pipe.scheduler
+
+
+def check_parts(
+    base: MaisiCTPipeline | MaisiMaskPipeline | None, vae: AutoencoderKLMaisi, unet: MaisiUNet3DConditionModel
+) -> None:
+    """Refuse a VAE and a UNet that do not belong together, or not to the model; raises a `ValueError`."""
+    kind, needed = "images", {"cross_attention_dim": None}
+    if encodes_labels(vae):
+        kind = "label maps"
+        needed = {"cross_attention_dim": len(CONTROLLABLE_ANATOMY), "num_class_embeds": None}
+        needed |= {"use_spacing": False, "use_region_index": False}
+    given = {name: unet.config[name] for name in needed}
+    if given != needed:
+        raise ValueError(
+            f"the VAE is of {kind} and needs a UNet with {needed}, not {given}: correct --unet_config_name_or_path, "
+            "or give the VAE that encoded the latents"
+        )
+    if base is not None and isinstance(base, MaisiMaskPipeline) != encodes_labels(vae):
+        raise ValueError(
+            f"the VAE is of {kind}, --pretrained_model_name_or_path is not: leave that out to train a new UNet, or "
+            "give the VAE that encoded the latents"
+        )
+
+
+def mask_grid(cases: list[Case], ratio: int) -> dict[str, list]:
+    """
+    The grid of the label maps that a model of these cases makes: the size that most latents have, and along each axis
+    the median of the spacings, `ratio` times finer than the latents'.
+    """
+    latents = [to_ras(nib.load(case.image)) for case in cases]
+    (size, _), *others = Counter(latent.shape[:3] for latent in latents).most_common()
+    spacings = np.array([spacing_of(latent)[:3] for latent in latents]) / ratio
+    spacing = np.median(spacings, axis=0).round(4)
+    if others or not np.allclose(spacings, spacing, rtol=0.01):
+        logger.warning(f"label maps differ in size or spacing: the model is said to make {size} at {spacing} mm")
+    return {"mask_latent_size": [int(n) for n in size], "mask_spacing": spacing.tolist()}
 
 
 def first_scaling_factor(accelerator: Accelerator, dataloader: torch.utils.data.DataLoader) -> float:
@@ -133,75 +195,81 @@ def train(args: argparse.Namespace) -> None:
 
     # 1. Networks
     pipe = load_pipeline(args)
-    check_training_cases(
-        data_list, pipe.unet, pipe.vae.spatial_compression_ratio, args.train_batch_size, with_labels=False
-    )
-    pipe.vae.requires_grad_(False).eval()
-    pipe.unet.train()
+    vae, unet, scheduler = parts_of(pipe)
+    is_of_masks = isinstance(pipe, MaisiMaskPipeline)
+    unet_name = "mask_unet" if is_of_masks else "unet"
+    ratio = vae.spatial_compression_ratio
+    check_training_cases(data_list, unet, ratio, args.train_batch_size, with_labels=False)
+    if is_of_masks:
+        pipe.register_to_config(**mask_grid(train_cases, ratio))
+    vae.requires_grad_(False).eval()
+    unet.train()
     if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    ema = make_ema(accelerator, pipe.unet.parameters(), args.ema_decay) if args.use_ema else None
+        unet.enable_gradient_checkpointing()
+    ema = make_ema(accelerator, unet.parameters(), args.ema_decay) if args.use_ema else None
 
     # 2. Data, optimiser
-    channels = pipe.unet.config.in_channels
+    channels = unet.config.in_channels
     dataset = LatentDataset(
-        train_cases, pipe.scheduler, args.seed, modality_dropout=args.modality_dropout, latent_channels=channels
+        train_cases, scheduler, args.seed, modality_dropout=args.modality_dropout, latent_channels=channels
     )
-    validation_set = LatentDataset(held_out, pipe.scheduler, args.seed, latent_channels=channels)
+    validation_set = LatentDataset(held_out, scheduler, args.seed, latent_channels=channels)
     dataloader = torch.utils.data.DataLoader(
         dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers
     )
-    optimizer = make_optimizer(pipe.unet.parameters(), args)
-    unet, optimizer, dataloader = accelerator.prepare(pipe.unet, optimizer, dataloader)
-    trainer = Trainer(accelerator, args, dataloader, train_cases, [unet])
+    optimizer = make_optimizer(unet.parameters(), args)
+    model, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
+    trainer = Trainer(accelerator, args, dataloader, train_cases, [model])
     lr_scheduler = accelerator.prepare(
         make_lr_scheduler(optimizer, args, trainer.max_train_steps, accelerator.num_processes)
     )
     if args.scaling_factor is not None:
-        pipe.vae.register_to_config(scaling_factor=args.scaling_factor)
+        vae.register_to_config(scaling_factor=args.scaling_factor)
     elif args.unet_config_name_or_path is not None:
-        pipe.vae.register_to_config(scaling_factor=first_scaling_factor(accelerator, dataloader))
-    logger.info(f"scaling factor {pipe.vae.config.scaling_factor}")
+        vae.register_to_config(scaling_factor=first_scaling_factor(accelerator, dataloader))
+    logger.info(f"scaling factor {vae.config.scaling_factor}")
 
     # 3. Steps
-    objective = DiffusionObjective(unet, pipe.unet.config, pipe.scheduler, pipe.vae.config.scaling_factor)
+    objective = DiffusionObjective(model, unet.config, scheduler, vae.config.scaling_factor)
 
     def train_step(batch: dict) -> dict[str, torch.Tensor]:
         losses = objective(batch)
-        trainer.update(losses["loss"], unet, optimizer, lr_scheduler)
+        trainer.update(losses["loss"], model, optimizer, lr_scheduler)
         if ema is not None and accelerator.sync_gradients:
-            ema.step(pipe.unet.parameters())
+            ema.step(unet.parameters())
         return losses
 
     def validate(step: int) -> dict[str, float]:
         folder = Path(args.output_dir, "validation", f"step-{step}")
         cases = held_out[: args.num_validation_images]
-        with averaged(ema, pipe.unet):
+        sample = sample_masks if is_of_masks else sample_unconditioned
+        with averaged(ema, unet):
             loss = mean_loss(objective, validation_set, accelerator.device)
-            pipe.vae.to(accelerator.device)
-            sample_unconditioned(pipe, cases, folder, args.validation_num_inference_steps, args.seed)
-            pipe.vae.to("cpu")
+            vae.to(accelerator.device)
+            sample(pipe, cases, folder, args.validation_num_inference_steps, args.seed)
+            vae.to("cpu")
         log_pictures(accelerator, folder, step)
         return {"validation_loss": loss}
 
     def save_model(checkpoint: Path) -> None:
-        save_trained(accelerator, unet, ema, lambda model: model.save_pretrained(checkpoint / "unet"))
+        save_trained(accelerator, model, ema, lambda model: model.save_pretrained(checkpoint / unet_name))
 
     trainer.fit(train_step, save_model, validate if held_out else None)
 
-    # 4. Results: a pipeline that makes images without label maps
+    # 4. Results: a pipeline that makes images without label maps, or label maps
     with write_files_atomically(args.output_dir) as temporary:
 
         def save_pipeline(model: MaisiUNet3DConditionModel) -> None:
-            pipe.register_modules(unet=model)
+            pipe.register_modules(**{unet_name: model})
             pipe.save_pretrained(temporary)
 
-        save_trained(accelerator, unet, ema, save_pipeline)
+        save_trained(accelerator, model, ema, save_pipeline)
     if accelerator.is_main_process:
+        kind = "A MAISI pipeline of label maps" if is_of_masks else "An image-only MAISI pipeline"
+        use = "" if is_of_masks else ", train a ControlNet for it with `scripts/train_controlnet.py`"
         description = (
-            f"An image-only MAISI pipeline whose UNet was trained for {trainer.global_step} steps on "
-            f"{len(train_cases)} cases. Load it with `MaisiCTPipeline.from_pretrained`, train a ControlNet for it "
-            "with `scripts/train_controlnet.py`. The images it makes are synthetic: they are not for diagnosis."
+            f"{kind} whose UNet was trained for {trainer.global_step} steps on {len(train_cases)} cases. Load it with "
+            f"`{type(pipe).__name__}.from_pretrained`{use}. What it makes is synthetic: it is not for diagnosis."
         )
         write_model_card(Path(args.output_dir), args.pretrained_model_name_or_path, description, [])
         if args.push_to_hub:

@@ -2,7 +2,9 @@
 
 import argparse
 
-from ..pipelines import MaisiCTPipeline
+from diffusers import DiffusionPipeline
+
+from ..pipelines import MaisiCTPipeline, MaisiMaskPipeline
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -38,3 +40,15 @@ def load_base_model(args: argparse.Namespace) -> MaisiCTPipeline:
     )
     pipe.register_modules(**without)
     return pipe
+
+
+def load_any_base_model(args: argparse.Namespace) -> MaisiCTPipeline | MaisiMaskPipeline:
+    """[`load_base_model`], or if the source is a mask pipeline, that, in float32."""
+    hub_kwargs = {"revision": args.revision, "cache_dir": args.cache_dir}
+    if args.version is None:
+        config = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **hub_kwargs)
+        if config["_class_name"] == MaisiMaskPipeline.__name__:
+            return MaisiMaskPipeline.from_pretrained(
+                args.pretrained_model_name_or_path, variant=args.variant, **hub_kwargs
+            )
+    return load_base_model(args)

@@ -1,4 +1,4 @@
-"""What a ControlNet makes of label maps it was not trained on: pictures, HU of every organ, loss."""
+"""What a model makes of cases it was not trained on: pictures, HU of every organ, loss."""
 
 import json
 from collections.abc import Callable
@@ -10,15 +10,30 @@ import torch
 from accelerate import Accelerator
 from matplotlib.image import imread
 
-from ..anatomy import BODY, label_name, labels_present, load_label_map
+from ..anatomy import (
+    BODY,
+    CONTROLLABLE_ANATOMY,
+    LABELS,
+    TUMORS,
+    label_colours,
+    label_name,
+    labels_present,
+    legend_names,
+    load_label_map,
+)
 from ..imaging import save_preview, spacing_of, to_ras
-from ..pipelines import MaisiCTPipeline
-from .data_list import Case
+from ..pipelines import MaisiCTPipeline, MaisiMaskPipeline
+from .data_list import ABSENT, Case
 from .dataset import LatentDataset
 from .files import write_atomically
 
 REGION_WORDS = ("head", "chest", "abdomen", "pelvis")
 """A `body_region` word for each of the four regions."""
+
+IS_TUMOR = np.array([LABELS[name] in TUMORS for name in CONTROLLABLE_ANATOMY])
+
+# What a label map is shown on: soft tissue in air.
+INSIDE, OUTSIDE = 40, -1000
 
 
 def median_hu(image: nib.Nifti1Image, labels: nib.Nifti1Image, vocabulary: dict[str, int]) -> dict[str, float]:
@@ -94,6 +109,42 @@ def sample_unconditioned(
         )
         with write_atomically(folder / f"{name}.png") as temporary:
             save_preview(temporary, output.images[0], title=f"{name}: synthetic")
+
+
+def sample_masks(
+    pipe: MaisiMaskPipeline, cases: list[Case], folder: Path, num_inference_steps: int | None, seed: int
+) -> None:
+    """Make a label map of the anatomy sizes of every case; of several tumors, the largest, for there can be one.
+
+    Args:
+        pipe: the model as it is now.
+        cases: entries with anatomy sizes.
+        folder: gets `<number>-<case>.png` of each.
+        num_inference_steps: the model's own number if not given.
+        seed: of the noise, the same for every case and every time.
+    """
+    for i, case in enumerate(cases):
+        name = f"{i}-{case.image.name.split('.')[0]}"
+        sizes = np.array(case.organ_size)
+        largest = np.argmax(np.where(IS_TUMOR, sizes, ABSENT))
+        sizes[IS_TUMOR & (np.arange(len(sizes)) != largest)] = ABSENT
+        output = pipe(
+            anatomy_size=sizes.tolist(),
+            num_inference_steps=num_inference_steps,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        label_map = output.masks[0]
+        body = np.where(np.asarray(label_map.dataobj), INSIDE, OUTSIDE).astype(np.int16)
+        with write_atomically(folder / f"{name}.png") as temporary:
+            save_preview(
+                temporary,
+                nib.Nifti1Image(body, label_map.affine),
+                label_map,
+                hidden_labels=(BODY,),
+                title=f"{name}: synthetic",
+                names=legend_names(),
+                colours=label_colours(),
+            )
 
 
 def mean_loss(

@@ -7,13 +7,13 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
-from maisi_diffusers import MaisiCTPipeline, MaisiRFlowScheduler, MaisiUNet3DConditionModel
+from maisi_diffusers import MaisiCTPipeline, MaisiMaskPipeline, MaisiRFlowScheduler, MaisiUNet3DConditionModel
 from maisi_diffusers.training.data_list import read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
 from maisi_diffusers.training.trackers import read_log
 from tests.tiny import SIZE, SPACING, seeded
 
-from .training_data import interrupt, make_latents, on_latents, run
+from .training_data import error_of, interrupt, make_latents, on_latents, run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTIONS = ["--max_train_steps", 6, "--train_batch_size", 2, "--use_ema", "--modality_dropout", 0.5]
@@ -117,3 +117,104 @@ def test_another_vae(train_unet, latents, volumes, tmp_path):
         train_unet, *on_latents(latents, tmp_path, "--vae_model_name_or_path", volumes / "vae", "--max_train_steps", 1)
     )
     assert (tmp_path / "vae" / WEIGHTS).read_bytes() == (volumes / "vae" / WEIGHTS).read_bytes()
+
+
+# Label maps
+
+
+MASK_OPTIONS = ["--max_train_steps", 6, "--train_batch_size", 2, "--checkpointing_steps", 4, "--validation_steps", 6]
+MASK_OPTIONS += ["--num_validation_images", 1, "--validation_num_inference_steps", 2]
+
+
+def new_mask_unet(data, output, *options):
+    """Arguments for a new UNet of label maps."""
+    parts = ["--vae_model_name_or_path", data / "base" / "mask_vae"]
+    parts += ["--unet_config_name_or_path", data / "base" / "mask_unet" / "config.json"]
+    return [*parts, "--data_list", data / "list.json", "--output_dir", output, "--learning_rate", 1e-3, *options]
+
+
+@pytest.fixture(scope="module")
+def masks(train_unet, mask_latents, tmp_path_factory):
+    output = tmp_path_factory.mktemp("training") / "masks"
+    run(train_unet, *new_mask_unet(mask_latents, output, *MASK_OPTIONS))
+    return output
+
+
+def test_output_is_a_mask_pipeline(masks, mask_latents):
+    names = {"mask_vae", "mask_unet", "mask_scheduler", "model_index.json", "README.md", "args.json", "log.jsonl"}
+    assert {path.name for path in masks.iterdir()} == names | {"checkpoint-4", "validation"}
+    assert "MaisiMaskPipeline.from_pretrained" in (masks / "README.md").read_text()
+    pipe = MaisiMaskPipeline.from_pretrained(masks)
+    assert isinstance(pipe.mask_scheduler, MaisiRFlowScheduler)
+    assert pipe.config.mask_prediction_type == "flow_prediction" and pipe.config.mask_num_inference_steps is None
+    assert pipe.config.mask_latent_size == [n // 4 for n in SIZE]
+    assert pipe.config.mask_spacing == pytest.approx(SPACING)
+    cases, _ = split_fold(read_data_list(mask_latents / "list.json").cases, 0)
+    assert 0.9 < pipe.mask_vae.config.scaling_factor < 1.1, "1 over the standard deviation of the first batch"
+
+    pipe.set_progress_bar_config(disable=True)
+    (mask,) = pipe(anatomy_size=[0.5] * 5 + [-1] * 5, generator=seeded(), num_inference_steps=2).masks
+    assert mask.shape == SIZE
+    MaisiUNet3DConditionModel.from_pretrained(masks / "checkpoint-4" / "mask_unet")
+
+
+def test_sizes_are_learnt_from(masks, mask_latents, train_unet, tmp_path):
+    """Other sizes, other weights."""
+    content = json.loads((mask_latents / "list.json").read_text())
+    for entry in content["training"]:
+        entry["image"] = str(mask_latents / entry["image"])
+        entry["organ_size"] = [0.9] * 5 + [-1] * 5
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    arguments = new_mask_unet(mask_latents, tmp_path / "output", *MASK_OPTIONS, "--data_list", tmp_path / "list.json")
+    run(train_unet, *arguments)
+    losses = [[line["loss"] for line in read_log(folder / "log.jsonl")[:6]] for folder in (masks, tmp_path / "output")]
+    assert losses[0] != losses[1]
+    before, after = (load_file(folder / "mask_unet" / WEIGHTS) for folder in (masks, tmp_path / "output"))
+    names = [name for name in before if "attn2" in name]
+    assert names and not any(torch.equal(before[name], after[name]) for name in names)
+
+
+def test_validation_of_label_maps(masks):
+    """A picture for each of the held-out cases, of one of its two tumors."""
+    assert [path.name for path in (masks / "validation" / "step-6").iterdir()] == ["0-case-0_emb.png"]
+    log = read_log(masks / "log.jsonl")
+    assert log[-1].keys() == {"step", "validation_loss"} and 0 < log[-1]["validation_loss"] < 10
+
+
+def test_mask_pipeline_goes_on(train_unet, mask_latents, tmp_path):
+    """With its scheduler, its number of steps and its scaling factor, and on the grid of the new latents."""
+    run(train_unet, *on_latents(mask_latents, tmp_path, "--max_train_steps", 1))
+    pipe, base = (MaisiMaskPipeline.from_pretrained(folder) for folder in (tmp_path, mask_latents / "base"))
+    assert pipe.config.mask_num_inference_steps == 2 and pipe.config.mask_latent_size == [n // 4 for n in SIZE]
+    assert pipe.mask_vae.config.scaling_factor == base.mask_vae.config.scaling_factor
+    assert dict(pipe.mask_scheduler.config) == dict(base.mask_scheduler.config)
+
+
+def test_new_mask_unet_for_ddpm(train_unet, mask_latents, tmp_path):
+    run(train_unet, *new_mask_unet(mask_latents, tmp_path, "--max_train_steps", 1, "--noise_scheduler", "ddpm"))
+    pipe = MaisiMaskPipeline.from_pretrained(tmp_path)
+    assert isinstance(pipe.mask_scheduler, DDPMScheduler) and pipe.config.mask_prediction_type == "epsilon"
+
+
+def test_parts_that_do_not_belong_together(train_unet, mask_latents, latents, tmp_path):
+    images, masks = latents / "base", mask_latents / "base"
+    for vae, unet, says in (
+        (images / "vae", masks / "mask_unet", "is of images and needs a UNet with {'cross_attention_dim': None}"),
+        (masks / "mask_vae", images / "unet", "is of label maps and needs a UNet with {'cross_attention_dim': 10,"),
+    ):
+        options = ["--vae_model_name_or_path", vae, "--unet_config_name_or_path", unet / "config.json"]
+        message = error_of(train_unet, *new_mask_unet(mask_latents, tmp_path / "output", *options))
+        assert says in message and "correct --unet_config_name_or_path, or give the VAE" in message
+    message = error_of(
+        train_unet,
+        *new_mask_unet(mask_latents, tmp_path / "output", "--pretrained_model_name_or_path", images),
+    )
+    assert "the VAE is of label maps, --pretrained_model_name_or_path is not" in message
+    assert not (tmp_path / "output").exists()
+
+
+def test_cases_without_sizes(train_unet, mask_latents, latents, tmp_path):
+    arguments = new_mask_unet(mask_latents, tmp_path / "output", "--data_list", latents / "list.json")
+    message = error_of(train_unet, *arguments)
+    assert "entry 0: no organ_size, which this model is trained with: add it to the data list" in message
+    assert not (tmp_path / "output").exists()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from maisi_diffusers import MaisiMaskPipeline, MaisiRFlowScheduler
 from maisi_diffusers.training.arguments import parse_args
 from maisi_diffusers.training.data_list import Case, DataList, write_data_list
 from maisi_diffusers.training.run import run_script
@@ -82,6 +83,26 @@ def make_label_maps(folder: Path) -> Path:
         label_map = make_label_map()
         np.asarray(label_map.dataobj)[4:7, 3:9, 20 : 24 + i] = 5
         nib.save(label_map, case.label)
+        cases.append(case)
+    write_data_list(folder / "list.json", DataList(cases))
+    return folder
+
+
+def make_mask_latents(folder: Path) -> Path:
+    """
+    Write six random latents of label maps with anatomy sizes in three folds, `list.json`, and a model for them,
+    `base`, which is of rectified flow.
+    """
+    pipe = make_pipeline()
+    MaisiMaskPipeline(
+        pipe.mask_vae, pipe.mask_unet, MaisiRFlowScheduler(), mask_num_inference_steps=2
+    ).save_pretrained(folder / "base")
+    draw = np.random.default_rng(0)
+    cases = []
+    for i in range(6):
+        sizes = [0.1 * i, 0.5, -1.0, *draw.random(2).round(2), -1.0, -1.0, 0.3, 0.2, -1.0]  # two tumors
+        case = Case(folder / f"case-{i}_emb.nii.gz", dim=SIZE, spacing=SPACING, fold=i % 3, organ_size=tuple(sizes))
+        save_latent(case.image, draw.normal(size=(*(n // RATIO for n in SIZE), 4)).astype(np.float32))
         cases.append(case)
     write_data_list(folder / "list.json", DataList(cases))
     return folder

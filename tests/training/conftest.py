@@ -2,7 +2,13 @@
 
 import pytest
 
-from tests.scripts.training_data import load_script, make_label_maps, make_latents, make_volumes
+from tests.scripts.training_data import (
+    load_script,
+    make_label_maps,
+    make_latents,
+    make_mask_latents,
+    make_volumes,
+)
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +45,9 @@ def volumes(tmp_path_factory):
 def label_maps(tmp_path_factory):
     """A folder with label maps and a mask VAE, see [`make_label_maps`]; not to be changed."""
     return make_label_maps(tmp_path_factory.mktemp("label maps"))
+
+
+@pytest.fixture(scope="session")
+def mask_latents(tmp_path_factory):
+    """A folder with latents of label maps and a model, see [`make_mask_latents`]; not to be changed."""
+    return make_mask_latents(tmp_path_factory.mktemp("mask latents"))

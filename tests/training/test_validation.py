@@ -22,6 +22,7 @@ from maisi_diffusers.training.validation import (
     mean_loss,
     median_hu,
     sample_cases,
+    sample_masks,
     sample_unconditioned,
 )
 from tests.scripts.training_data import NEW_CLASS, NEW_LABEL, on_latents, run
@@ -183,6 +184,21 @@ def test_pictures_of_a_model_that_takes_regions(held_out, tmp_path):
     sample_unconditioned(pipe, [case], tmp_path, 1, 0)
     assert given[0][3] == ["chest", "pelvis"] and given[0][1] == SPACING
     assert (tmp_path / "0-case-0_emb.png").is_file()
+
+
+def test_label_maps_of_the_sizes_of_cases(held_out, tmp_path):
+    """With one tumor, the largest, since the pipeline takes one at most."""
+    organs = [0.2, -1.0, 0.5, 0.9, 0.0]
+    sizes = ([*organs, -1.0, 0.3, 0.4, -1.0, 0.1], [*organs, -1.0, -1.0, -1.0, -1.0, -1.0])
+    given = []
+
+    def pipe(anatomy_size, num_inference_steps, generator):
+        given.append((anatomy_size, num_inference_steps, generator.initial_seed()))
+        return SimpleNamespace(masks=[nib.Nifti1Image(np.full((8, 8, 8), 200, np.uint8), np.eye(4))])
+
+    sample_masks(pipe, [replace(held_out[0], organ_size=tuple(one)) for one in sizes], tmp_path, 3, 7)
+    assert given == [([*organs, -1.0, -1.0, 0.4, -1.0, -1.0], 3, 7), (list(sizes[1]), 3, 7)]
+    assert {path.name for path in tmp_path.iterdir()} == {"0-case-0_emb.png", "1-case-0_emb.png"}
 
 
 def test_trackers_get_pictures(tmp_path):
