@@ -20,7 +20,7 @@ MASKS = {
     "abdomen/healthy": ([1, 3, 4, 200], SIZE, SPACING, None),
     "abdomen/healthy too": ([1, 3, 200], SIZE, SPACING, None),
     "abdomen/pancreas": ([1, 4, 24, 200], SIZE, SPACING, (2, 2)),
-    "abdomen/pancreas too": ([1, 4, 24, 200], SIZE, FINE, (2, 3)),
+    "abdomen/pancreas too": ([1, 3, 4, 24, 200], SIZE, FINE, (2, 3)),
     "abdomen/liver": ([1, 26, 200], SIZE, SPACING, None),
     "torso": ([1, 28, 93, 200], SIZE, SPACING, None),
     "heart": ([115, 200], SIZE, SPACING, None),

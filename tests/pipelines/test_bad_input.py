@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DEISMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+from maisi_diffusers import MaisiMaskDatabase
 from maisi_diffusers.pipelines.input_rules import CT_RULES
+from tests.mask_databases import make_database
 from tests.tiny import SIZE, SPACING, make_label_map, make_pipeline, seeded
 
 GRID = {"output_size": SIZE, "spacing": SPACING}
@@ -16,7 +18,7 @@ IMAGE_ONLY = {"image_only": True, **GRID}
 
 
 @pytest.fixture(scope="module")
-def pipes():
+def pipes(tmp_path_factory):
     pipes = {
         "rflow": make_pipeline("rflow-ct"),
         "ddpm": make_pipeline("ddpm-ct"),
@@ -26,7 +28,13 @@ def pipes():
         "wrong scheduler": make_pipeline("rflow-ct"),
         "wrong flow": make_pipeline("ddpm-ct"),
         "untested solver": make_pipeline("rflow-ct"),
+        "database": make_pipeline("rflow-ct"),
+        "damaged database": make_pipeline("ddpm-ct"),
     }
+    for name in ("database", "damaged database"):
+        folder = make_database(tmp_path_factory.mktemp("database"), zipped=True)
+        pipes[name].mask_database = MaisiMaskDatabase(folder)
+    (folder / "masks.zip").write_bytes((folder / "masks.zip").read_bytes()[:-100])
     pipes["published rules"].register_to_config(input_rules=CT_RULES)
     pipes["no controlnet"].controlnet = None
     pipes["untested solver"].scheduler = DEISMultistepScheduler.from_config(pipes["rflow"].scheduler.config)
@@ -147,6 +155,26 @@ CASES = {
     "restore as array": ("rflow", {"mask": "good", "restore_grid": True, "output_type": "np"}, "'np'", "'nifti'"),
     "nothing to follow": ("rflow", GRID, "no label map", "image_only=True"),
     "only an anatomy list": ("rflow", {"anatomy_list": ["liver"], **GRID}, "no label map", "mask="),
+    "only a region": ("rflow", {"body_region": ["chest"], **GRID}, "no mask database", "pipe.mask_database"),
+    # the mask database
+    "nothing to look up": ("database", GRID, "no label map", "body_region= or anatomy_list="),
+    "no such label map": ("database", {"anatomy_list": ["prostate"], **GRID}, "prostate", "change anatomy_list"),
+    "tumor elsewhere": (
+        "database",
+        {"anatomy_list": ["hepatic tumor"], "body_region": ["chest"], **GRID},
+        "with hepatic tumor shows chest",
+        "abdomen (1), head (1); change body_region",
+    ),
+    "tumor besides": ("database", {"body_region": ["head"], **GRID}, "hepatic tumor (1)", "add it to anatomy_list"),
+    "no such grid": (
+        "database",
+        {"body_region": ["chest"], "output_size": SIZE, "spacing": (1, 1, 1)},
+        "spacing=(1, 1, 1)",
+        "output_size=(24, 16, 32) with spacing=(2, 2, 3) (2)",
+    ),
+    "default grid": ("database", {"body_region": ["chest"]}, "(512, 512, 512)", "give one of these"),
+    "label number": ("database", {"anatomy_list": [150], **GRID}, "150", "1..132"),
+    "damaged database": ("damaged database", {"body_region": ["chest"], **GRID}, "masks.zip", "download it again"),
     "no mask networks": (
         "no masks",
         {"controllable_anatomy_size": [("liver", 0.5)], **GRID},
