@@ -30,19 +30,13 @@ def draw_vessels(canvas: Canvas) -> None:
     """Iliac vessels, portal and splenic vein."""
     for word, side in SIDES.items():
         artery = [
-            (side * 5 - 4, 2, 48),
-            (side * 30, -6, 0),
-            (side * 52, -6, -40),
-            (side * 66, 22, -84),
-            (side * 74, 40, -118),
+            *((side * 5 - 4, 2, 48), (side * 30, -6, 0), (side * 50, -4, -40)),
+            *((side * 60, 36, -82), (side * 70, 58, -112)),
         ]
         canvas.paint(f"{word} iliac artery", canvas.tube(artery, [7, 6, 5.5, 5, 5]))
         vein = [
-            (side * 6 + 14, -2, 42),
-            (side * 30 + 6, -16, 0),
-            (side * 46, -18, -40),
-            (side * 58, 14, -84),
-            (side * 64, 34, -118),
+            *((side * 6 + 14, -2, 42), (side * 30 + 6, -16, 0), (side * 44, -18, -40)),
+            *((side * 50, 32, -82), (side * 58, 58, -112)),
         ]
         canvas.paint(f"{word} iliac vena", canvas.tube(vein, [8.5, 7.5, 7, 6.5, 6.5]))
     portal = [(38, 22, 202), (24, 18, 178), (8, 16, 162), (-24, 4, 172), (-62, -20, 188), (-84, -28, 196)]

@@ -168,6 +168,23 @@ class Canvas:
             whole.up[local][nearer] = (y / radius)[nearer]
         return whole
 
+    def fan(self, edge: Sequence[Sequence[float]], other: Sequence[Sequence[float]], radius: float) -> Solid:
+        """
+        A bent plate between two polylines.
+
+        Args:
+            edge, other: (X, Y, Z) in mm.
+            radius: half its thickness in mm.
+        """
+        ribs = round(np.linalg.norm(np.diff(edge, axis=0), axis=1).sum() / (1.5 * radius))
+        ends = []
+        for line in (edge, other):
+            t = np.linspace(0, len(line) - 1, ribs)
+            ends.append(
+                np.stack([np.interp(t, np.arange(len(line)), values) for values in np.transpose(line)], axis=1)
+            )
+        return union(*(self.tube(pair, radius) for pair in zip(*ends)), blend=0.5)
+
     def paint(
         self, name: str, solid: Solid, within: np.ndarray | None = None, over: Sequence[int] = (BODY,)
     ) -> np.ndarray:

@@ -1,8 +1,10 @@
 """The muscles that have labels of their own: along the spine, in the loins, in the buttocks."""
 
+import numpy as np
+
 from .canvas import Canvas, union
 from .frame import Frame, spine_y
-from .skeleton import SIDES
+from .skeleton import SIDES, iliac_base, iliac_crest
 
 
 def draw_muscles(canvas: Canvas, frame: Frame) -> None:
@@ -17,15 +19,13 @@ def draw_muscles(canvas: Canvas, frame: Frame) -> None:
             muscle & ~frame.abdomen,
         )
         psoas = [
-            (side * 34, spine_y(150) + 6, 158),
-            (side * 40, -22, 90),
-            (side * 48, -16, 20),
-            (side * 62, 4, -36),
-            (side * 80, 24, -84),
-            (side * 100, 8, -136),
+            *((side * 34, spine_y(150) + 6, 158), (side * 40, -22, 90), (side * 48, -16, 20), (side * 64, 12, -36)),
+            *((side * 84, 42, -80), (side * 98, 36, -112), (side * 108, 8, -140)),
         ]
-        iliacus = canvas.ellipsoid((side * 92, -8, 8), (17, 44, 44), (12, side * 22, side * 38))
-        canvas.paint(f"{word} iliopsoas", union(canvas.tube(psoas, [9, 18, 23, 22, 18, 14]), iliacus), muscle)
+        # The iliacus lines the inside of the hip bone's wing.
+        inwards = np.array([-side * 15, 12, 2])
+        iliacus = canvas.fan(iliac_crest(side) + inwards, iliac_base(side) + inwards, 10.0)
+        canvas.paint(f"{word} iliopsoas", union(canvas.tube(psoas, [9, 18, 23, 22, 18, 16, 12]), iliacus), muscle)
         # In the buttock the small one lies deepest and is painted first, the large one last.
         small = canvas.ellipsoid((side * 118, -2, -16), (16, 40, 46), (10, side * 18, side * 24))
         canvas.paint(f"{word} gluteus minimus", small, muscle & ~frame.abdomen)

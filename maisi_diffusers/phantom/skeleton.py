@@ -140,10 +140,26 @@ def draw_shoulders(canvas: Canvas) -> None:
         head = canvas.ellipsoid((axis[0][0], axis[0][1], axis[0][2] + 4), (23, 23, 23))
         shaft = canvas.tube(axis, [13, 12, 11, 11][: len(axis)])
         canvas.paint(f"{word} humerus", union(head, shaft))
-        blade = canvas.ellipsoid((side * 98, -82, 385), (40, 4.5, 66), tilt=(8, -side * 8, -side * 24), power=2.6)
+        blade = canvas.ellipsoid((side * 98, -82, 385), (40, 4.5, 66), tilt=(8, -side * 8, side * 24), power=2.6)
         spine = canvas.tube([(side * 62, -92, 412), (side * 118, -78, 440), (side * 146, -42, 462)], [5, 6, 8])
         glenoid = canvas.tube([(side * 112, -62, 420), (side * 126, -38, 428)], [9, 11])
         canvas.paint(f"{word} scapula", union(blade, spine, glenoid))
+
+
+def iliac_crest(side: float) -> list[tuple[float, float, float]]:
+    """The upper edge of a hip bone's wing, from the sacrum to the front; `side` is 1 on the right, -1 on the left."""
+    return [
+        (side * 48, -82, 6),
+        (side * 84, -68, 48),
+        (side * 120, -24, 62),
+        (side * 130, 22, 36),
+        (side * 118, 44, 2),
+    ]
+
+
+def iliac_base(side: float) -> list[tuple[float, float, float]]:
+    """Where the wing ends below, from the sacrum over the socket to the front."""
+    return [(side * 46, -68, -16), (side * 66, -46, -44), (side * 92, -12, -64), (side * 98, 26, -68)]
 
 
 def draw_pelvis(canvas: Canvas) -> None:
@@ -161,15 +177,9 @@ def draw_pelvis(canvas: Canvas) -> None:
             ),
         )
         canvas.paint(f"{word} femur", femur)
-        # The wing is a bent plate; sockets, rami and ischium are tubes around the head of the femur and the opening.
-        wing = canvas.ellipsoid((s * 88, -22, 0), (7, 62, 62), tilt=(12, side * 22, side * 38), power=2.6)
-        crest = canvas.tube(
-            [(s * 48, -82, 6), (s * 86, -66, 48), (s * 122, -22, 62), (s * 130, 24, 36), (s * 118, 44, 4)], 7.5
-        )
-        column = canvas.tube(
-            [(s * 46, -66, -14), (s * 66, -42, -42), (s * 92, -8, -66), (s * 96, 4, -78)], [13, 14, 15, 17]
-        )
-        brim = canvas.tube([(s * 116, 40, 0), (s * 108, 26, -46), (s * 92, 22, -72)], [8, 10, 12])
+        wing = canvas.fan(iliac_crest(s), iliac_base(s), 6.0)
+        crest = canvas.tube(iliac_crest(s), 8)
+        column = canvas.tube(iliac_base(s), [13, 14, 15, 12])
         socket = canvas.ellipsoid(head, (33, 33, 33))
         opening = (canvas.x[socket.window] * side > abs(s) * 89 + 12) | (canvas.z[socket.window] < -112)
         socket.level = np.where(opening, 9, socket.level)
@@ -180,7 +190,7 @@ def draw_pelvis(canvas: Canvas) -> None:
             [(s * 78, -22, -104), (s * 66, -34, -140), (s * 52, -22, -164), (s * 30, 14, -156), (s * 13, 44, -142)],
             [15, 16, 13, 8, 8],
         )
-        canvas.paint(f"{word} hip", union(wing, crest, column, brim, socket, pubis, ischium))
+        canvas.paint(f"{word} hip", union(wing, crest, column, socket, pubis, ischium))
 
 
 def draw_skull(canvas: Canvas) -> None:
