@@ -50,13 +50,14 @@ def load_label_map(source: str | PathLike | nib.Nifti1Image, vocabulary: str = "
 
     if vocabulary == "totalsegmentator":
         labels = totalsegmentator_to_maisi(labels)
-    unknown = set(labels_present(labels)) - set(LABELS.values())
+    present = set(labels_present(labels))
+    unknown = present - set(LABELS.values())
     if unknown:
         raise ValueError(
             f"{name} holds labels {_some(sorted(unknown))}, which MAISI's vocabulary does not have (it has 1 to 132, "
             "and 200 for body); relabel them, to 200 if in doubt."
         )
-    if vocabulary == "maisi" and TOTALSEGMENTATOR_MARKS <= set(labels_present(labels)):
+    if vocabulary == "maisi" and TOTALSEGMENTATOR_MARKS <= present:
         warnings.warn(
             f"{name} holds labels {sorted(TOTALSEGMENTATOR_MARKS)}, which are free in MAISI's vocabulary, but kidney "
             "and bowels in TotalSegmentator's; if it is from there, read it as 'totalsegmentator'.",

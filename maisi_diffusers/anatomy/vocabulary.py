@@ -115,7 +115,9 @@ def label_name(index: int, labels: Mapping[str, int] = LABELS) -> str:
 def labels_present(labels: np.ndarray) -> tuple[int, ...]:
     """Labels other than background in a uint8 label map of any shape, ascending."""
     present = np.zeros(256, dtype=bool)
-    for plane in labels:  # indexing with the whole volume would make an 8-byte copy of it
+    # Plane by plane, since indexing with the whole volume would make an 8-byte copy of it, and in the order of memory,
+    # which in a NIfTI file is the reverse of numpy's.
+    for plane in labels.T if labels.flags.f_contiguous else labels:
         present[plane] = True
     return tuple(int(label) for label in np.flatnonzero(present[1:]) + 1)
 

@@ -84,7 +84,8 @@ def test_labels_present():
     labels = np.zeros((3, 4, 5), np.uint8)
     assert labels_present(labels) == ()
     labels[0, 0, 0], labels[2, 3, 4] = 255, 1
-    assert labels_present(labels) == (1, 255)
+    for view in (labels, np.asfortranarray(labels), labels.transpose(1, 0, 2), labels[:, ::-1], labels.ravel()):
+        assert labels_present(view) == (1, 255)
 
 
 def test_new_classes_take_the_place_of_dummies():
