@@ -54,7 +54,10 @@ def read_file(source: str | os.PathLike, name: str, limit: int) -> bytes:
         while chunk := stream.read(CHUNK):
             size += len(chunk)
             if size > limit:
-                raise ValueError(f"{name!r} in {str(source)!r} unpacks to more than the {limit} bytes it can have")
+                raise ValueError(
+                    f"{name!r} in {str(source)!r} unpacks to more than the {limit} bytes it can have; download it "
+                    "again."
+                )
             chunks.append(chunk)
     return b"".join(chunks)
 
