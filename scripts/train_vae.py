@@ -75,7 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--patches_per_case", type=int, default=1, help="patches of a volume to an epoch")
     group.add_argument("--cached_cases", type=int, default=0, help="volumes to keep in memory")
     group.add_argument("--no_augmentation", action="store_true", help="the middle of each volume, as it is")
-    parser.add_argument("--kl_weight", type=float, default=1e-7, help="of the divergence, summed over a latent")
+    group = parser.add_argument_group("losses")
+    group.add_argument("--kl_weight", type=float, default=1e-7, help="of the divergence, summed over a latent")
     group = parser.add_argument_group("losses of an image VAE")
     group.add_argument("--perceptual_weight", type=float, default=0.3, help="0 needs no pretrained network")
     group.add_argument("--perceptual_network", choices=["squeeze", "alex", "vgg"], default="squeeze")
@@ -138,6 +139,8 @@ def train(args: argparse.Namespace) -> None:
     networks = [Reconstruction(vae)]
     perceptual = None
     if kind is LabelObjective:
+        if args.discriminator_model_name_or_path is not None:
+            raise ValueError("a mask VAE has no discriminator: leave --discriminator_model_name_or_path out")
         check_mask_labels(data_list.label_names.values(), f"data list {str(args.data_list)!r}")
     else:
         if args.adversarial_weight:

@@ -1,4 +1,4 @@
-"""A model of label maps from label maps alone: VAE, latents, UNet, as the documentation has it."""
+"""A model of label maps from label maps alone: VAE, latents, UNet."""
 
 import json
 

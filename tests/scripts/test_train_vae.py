@@ -230,6 +230,9 @@ def test_what_a_mask_vae_cannot_learn(train_vae, label_maps, tmp_path):
     arguments[arguments.index("--data_list") + 1] = tmp_path / "list.json"
     assert "list.json' has labels [130], which the mask VAE has no output for" in error_of(train_vae, *arguments)
 
+    arguments = on_label_maps(label_maps, tmp_path / "output", "--discriminator_model_name_or_path", tmp_path)
+    assert "leave --discriminator_model_name_or_path out" in error_of(train_vae, *arguments)
+
     AutoencoderKLMaisi(8, 100, (16, 16), 1, norm_num_groups=8).save_pretrained(tmp_path / "other")
     arguments = on_label_maps(label_maps, tmp_path / "output")
     arguments[arguments.index("--vae_model_name_or_path") + 1] = tmp_path / "other"
