@@ -43,7 +43,7 @@ class Solid:
 
 class Canvas:
     """
-    The label map of a phantom while it is drawn.
+    The label map of a phantom while it is drawn, and in `content` what the CT shows in spite of the label.
 
     Solids are placed in the space of a standard body, in mm: X to the right, Y to the front, Z upwards, 0 at the top
     of the sacrum. Every voxel knows where in that space it is, after the subject's size, posture and a smooth random
@@ -79,6 +79,7 @@ class Canvas:
         self.roughness = self.smooth_field("roughness", ROUGHNESS_SPACING)
         self.labels = np.zeros(size, dtype=np.uint8)
         self.content = np.zeros(size, dtype=np.uint8)
+        self.under_skin = np.ones(size, dtype=bool)
 
     def smooth_field(self, name: str, spacing: float) -> np.ndarray:
         """Gaussian random field of standard deviation 1 that varies over `spacing` mm, the same on any grid."""
@@ -200,7 +201,7 @@ class Canvas:
         Returns:
             which voxels of the solid's window were painted.
         """
-        free = solid.inside & np.isin(self.labels[solid.window], over)
+        free = solid.inside & np.isin(self.labels[solid.window], over) & self.under_skin[solid.window]
         if within is not None:
             free &= within[solid.window]
         self.labels[solid.window][free] = LABELS[name]

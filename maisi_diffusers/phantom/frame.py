@@ -7,6 +7,7 @@ They are round figures of an anatomy atlas, checked on real CTs by eye.
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from ..anatomy import BODY
 from .canvas import Canvas, profile, union
@@ -23,7 +24,7 @@ TRUNK_WIDTH = [
 ]
 TRUNK_DEPTH = [
     *((-460, 80), (-190, 96), (-130, 100), (-60, 96), (0, 90), (60, 88), (120, 92), (200, 100), (300, 102)),
-    *((370, 94), (420, 82), (452, 70), (480, 60), (540, 58), (600, 60)),
+    *((370, 97), (420, 89), (452, 77), (480, 60), (540, 58), (600, 60)),
 ]
 TRUNK_MIDDLE = [
     *((-460, -5), (-130, -18), (-60, -22), (0, -16), (60, -12), (120, -10), (200, -8), (300, -10), (370, -18)),
@@ -132,6 +133,9 @@ def make_frame(canvas: Canvas) -> Frame:
     surface = muscle_distance - fat  # negative inside the skin
     body = surface < 0
     canvas.labels[body] = BODY
+    skin = body & (surface > -SKIN)
+    # At least one voxel of skin is around whatever is painted.
+    canvas.under_skin = ndimage.binary_erosion(body, border_value=1) & ~skin
 
     # 4. Cavities
     inner = [profile(z, table) for table in (CAGE_WIDTH, CAGE_DEPTH, CAGE_MIDDLE)]
@@ -145,7 +149,6 @@ def make_frame(canvas: Canvas) -> Frame:
     floor = 0.011 * np.square(x) + 0.008 * np.square(y + 5) - 134
     abdomen = (muscle_distance < -wall) & (z < diaphragm) & (z > floor) & (y > back) & body
     abdomen &= in_cage | (z < 165)
-    skin = body & (surface > -SKIN)
     return Frame(
         depth=-muscle_distance,
         skin=skin,

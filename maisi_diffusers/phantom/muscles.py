@@ -12,7 +12,8 @@ def draw_muscles(canvas: Canvas, frame: Frame) -> None:
     muscle = frame.depth > 0
     muscle &= ~frame.thorax
     for word, side in SIDES.items():
-        back = [(side * 34, spine_y(z) - 50, z) for z in (-60, 0, 60, 120, 200, 300, 380, 450)]
+        depths = {-60: 50, 0: 50, 60: 50, 120: 50, 200: 50, 300: 48, 380: 42, 450: 32}
+        back = [(side * 34, spine_y(z) - depth, z) for z, depth in depths.items()]
         canvas.paint(
             f"{word} autochthon",
             canvas.tube(back, [16, 30, 32, 31, 29, 26, 22, 14], flat=0.72),

@@ -69,7 +69,7 @@ def draw_spine(canvas: Canvas) -> None:
         bone |= (zs > bottom + 0.25 * height) & (zs < top + 2) & arch[local]
         lumbar, thoracic = i < 5, 5 <= i < 17
         slope = 0.15 if lumbar else 0.75 if thoracic else 0.35
-        reach = 44 if lumbar else 34 if thoracic else 22
+        reach = 44 if lumbar else 34 if thoracic else 14
         centre = bottom + 0.5 * height + slope * (ys + behind[local] + 8)
         bone |= (
             (np.abs(xs) < 3.5)
@@ -140,7 +140,7 @@ def draw_shoulders(canvas: Canvas) -> None:
         head = canvas.ellipsoid((axis[0][0], axis[0][1], axis[0][2] + 4), (23, 23, 23))
         shaft = canvas.tube(axis, [13, 12, 11, 11][: len(axis)])
         canvas.paint(f"{word} humerus", union(head, shaft))
-        blade = canvas.ellipsoid((side * 98, -82, 385), (40, 4.5, 66), tilt=(8, -side * 8, side * 24), power=2.6)
+        blade = canvas.ellipsoid((side * 98, -76, 385), (40, 4.5, 66), tilt=(8, -side * 8, side * 24), power=2.6)
         spine = canvas.tube([(side * 62, -92, 412), (side * 118, -78, 440), (side * 146, -42, 462)], [5, 6, 8])
         glenoid = canvas.tube([(side * 112, -62, 420), (side * 126, -38, 428)], [9, 11])
         canvas.paint(f"{word} scapula", union(blade, spine, glenoid))

@@ -8,6 +8,7 @@ import numpy as np
 
 PHASES = ("none", "arterial", "venous")
 SEXES = ("female", "male")
+ARMS = ("up", "down")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,11 @@ class Subject:
         breath: mm that the diaphragm is higher than usual.
         arms: `"up"` or `"down"`.
         phase: contrast: `"none"`, `"arterial"` or `"venous"`.
-        sizes: factor on the volume of organs, by name; drawn where not given.
+        sizes: factor on the volume of organs, by name (bladder, colon, gallbladder, heart, left kidney, liver,
+            pancreas, prostate, right kidney, spleen, stomach); drawn where not given.
+
+    Raises:
+        ValueError: for an unknown sex, phase or position of the arms.
     """
 
     seed: int
@@ -38,6 +43,12 @@ class Subject:
     arms: str = "up"
     phase: str = "none"
     sizes: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, allowed in (("sex", SEXES), ("arms", ARMS), ("phase", PHASES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown: use {', '.join(allowed[:-1])} or {allowed[-1]}")
 
     @classmethod
     def draw(cls, seed: int, **given) -> Self:
@@ -52,7 +63,7 @@ class Subject:
             "fat": float(np.clip(rng.gamma(4.0, 5.0), 5.0, 42.0)) * (1.15 if sex == "female" else 1.0),
             "visceral_fat": float(rng.uniform(0.6, 1.4)),
             "breath": float(rng.normal(0.0, 7.0)),
-            "arms": "down" if rng.random() < 0.15 else "up",
+            "arms": ARMS[int(rng.random() < 0.15)],
             "phase": ("none", "venous")[rng.integers(2)],
         }
         return cls(seed=seed, **(drawn | given))

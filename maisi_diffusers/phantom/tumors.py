@@ -26,7 +26,6 @@ def draw_tumor(canvas: Canvas, name: str, diameter: float) -> None:
         raise ValueError(f"tumor={name!r} is unknown: use one of {', '.join(names_of_tumors())}")
     organs = LESION_SITES if name == "bone lesion" else TUMORS[LABELS[name]]
     is_organ = np.isin(canvas.labels, organs)
-    # A plane of the organ that the field of view has cut through is no good place.
     places = np.argwhere(is_organ)
     if not len(places):
         raise ValueError(f"there is no organ for a {name} in this field of view: choose another region or size")
@@ -37,8 +36,8 @@ def draw_tumor(canvas: Canvas, name: str, diameter: float) -> None:
     tumors = []
     for place in places[rng.integers(len(places), size=CANDIDATES)]:
         centre = [float(coordinate[tuple(place)]) for coordinate in (canvas.x, canvas.y, canvas.z)]
-        tumor = canvas.ellipsoid(centre, half_axes, tilt, roughness=0.09)
-        tumors.append(((tumor.inside & is_organ[tumor.window]).sum(), tumor))
+        tumor = canvas.ellipsoid(centre, half_axes, tilt, roughness=0.06)
+        tumors.append(((tumor.inside & is_organ[tumor.window]).sum() / max(tumor.inside.sum(), 1), tumor))
     tumor = max(tumors, key=lambda pair: pair[0])[1]
     painted = canvas.paint(name, tumor, over=organs)
     canvas.content[tumor.window][painted] = 0  # no gas or stool in it
