@@ -19,9 +19,10 @@ from ..anatomy import (
     one_hot,
     regions_from_labels,
 )
+from ..anatomy.size_conditions import ABSENT
 from ..imaging import spacing_of, to_ras
 from ..imaging.nifti import UNREADABLE
-from .data_list import ABSENT, Case, DataList, check_new_labels, read_case, read_data_list
+from .data_list import Case, DataList, check_new_labels, read_case, read_data_list
 
 SIZE_TOLERANCE = 0.01
 """Voxel sizes may differ by this share of a voxel, and axes point this many voxels apart."""

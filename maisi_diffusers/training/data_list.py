@@ -23,11 +23,9 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 
-from ..anatomy import CONTROLLABLE_ANATOMY, REGIONS, label_index, new_vocabulary
+from ..anatomy import REGIONS, check_sizes, label_index, new_vocabulary
 from ..imaging import modality_code
 from .files import write_atomically
-
-ABSENT = -1.0
 
 
 @dataclass(frozen=True)
@@ -186,10 +184,7 @@ def read_case(entry: dict, root: Path) -> Case:
     if not isinstance(values["fold"], int):
         raise ValueError(f'"fold" is {values["fold"]!r}, must be a whole number')
     if "organ_size" in entry:
-        sizes = _numbers(entry, "organ_size", len(CONTROLLABLE_ANATOMY), Real)
-        if not all(size == ABSENT or 0 <= size <= 1 for size in sizes):
-            raise ValueError(f'"organ_size" is {entry["organ_size"]}, must be 0 to 1 each, or -1 for absent')
-        values["organ_size"] = tuple(float(size) for size in sizes)
+        values["organ_size"] = tuple(check_sizes(entry["organ_size"]))
     return Case(**values)
 
 

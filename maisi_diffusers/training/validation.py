@@ -21,9 +21,10 @@ from ..anatomy import (
     legend_names,
     load_label_map,
 )
+from ..anatomy.size_conditions import ABSENT
 from ..imaging import save_preview, spacing_of, to_ras
 from ..pipelines import MaisiCTPipeline, MaisiMaskPipeline
-from .data_list import ABSENT, Case
+from .data_list import Case
 from .dataset import LatentDataset
 from .files import write_atomically
 
