@@ -26,6 +26,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["maisi_diffusers", "maisi_diffusers.*"]),
+    package_data={"maisi_diffusers": ["pretrained/**"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13",
@@ -41,8 +42,12 @@ setup(
         "connected-components-3d>=4.1",
         "pyyaml>=6.0",
         "tqdm>=4.70",
+        "psutil>=7.2",
+        "typer>=0.29",
+        "rich>=15.0",
     ],
     extras_require={"train": TRAIN, "test": TEST, "dev": [*TEST, "ruff>=0.17"]},
+    entry_points={"console_scripts": ["maisi-ct = maisi_diffusers.cli.app:app"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -1,0 +1,214 @@
+"""`maisi-ct generate`: its options, and the run from model to files."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .models import find_model
+from .option_names import name_options
+from .outputs import name_outputs, refuse_existing
+
+ANATOMY, OWN_MAP, GRID, SAMPLING, MODEL, OUTPUT = (
+    "What to show",
+    "A label map of your own",
+    "Size and spacing",
+    "Sampling",
+    "Model and device",
+    "Output",
+)
+# Where nothing says what to show.
+DEFAULT_REGION = "abdomen"
+
+
+def option(panel: str, *names: str, **settings: Any) -> Any:
+    """An option in a panel of the help page, without the line that would say that its default is nothing."""
+    return typer.Option(*names, rich_help_panel=panel, **{"show_default": False, **settings})
+
+
+def existing_file(panel: str, **settings: Any) -> Any:
+    """An option for a file that must be there."""
+    return option(panel, metavar="FILE", exists=True, dir_okay=False, **settings)
+
+
+def generate(
+    body_region: Annotated[
+        list[str] | None,
+        option(ANATOMY, metavar="WORD", help="A region to show: head, chest, abdomen, pelvis. Repeat it for several."),
+    ] = None,
+    anatomy: Annotated[
+        list[str] | None,
+        option(ANATOMY, metavar="NAME", help='An organ or a tumor to show, e.g. "lung tumor". Repeat it for several.'),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        option(
+            ANATOMY,
+            metavar="NAME=SIZE",
+            help='Make a label map with an organ or a tumor of this size, 0 to 1, or -1 for absent: "liver=0.5". '
+            "Repeat it for several.",
+        ),
+    ] = None,
+    image_only: Annotated[bool, option(ANATOMY, "--image-only", help="An image without a label map.")] = False,
+    modality: Annotated[
+        str | None, option(ANATOMY, metavar="NAME", help="ct, ct_contrast, mri_t1, ...; the model's own if not given.")
+    ] = None,
+    mask: Annotated[
+        Path | None, existing_file(OWN_MAP, help="The label map to make a CT of: NIfTI, any orientation and affine.")
+    ] = None,
+    mask_vocabulary: Annotated[
+        Literal["maisi", "totalsegmentator"] | None,
+        option(OWN_MAP, metavar="NAME", help="Whose labels it has: maisi, which is the default, or totalsegmentator."),
+    ] = None,
+    body_image: Annotated[
+        Path | None, existing_file(OWN_MAP, help="The CT it was drawn on, for the outline of the body.")
+    ] = None,
+    restore_grid: Annotated[
+        bool, option(OWN_MAP, "--restore-grid", help="Put the results on the grid of the label map.")
+    ] = False,
+    output_size: Annotated[
+        tuple[int, int, int] | None,
+        option(GRID, metavar="X Y Z", help="Voxels. What a model allows: maisi-ct info."),
+    ] = None,
+    spacing: Annotated[
+        tuple[float, float, float] | None, option(GRID, metavar="X Y Z", help="Voxel size in mm.")
+    ] = None,
+    seed: Annotated[
+        int, option(SAMPLING, min=0, metavar="N", show_default=True, help="The same seed, the same files.")
+    ] = 0,
+    num: Annotated[
+        int,
+        option(
+            SAMPLING, min=1, metavar="N", show_default=True, help="Images, one after the other; image i has seed + i."
+        ),
+    ] = 1,
+    steps: Annotated[
+        int | None, option(SAMPLING, min=1, metavar="N", help="Denoising steps; the model's own number if not given.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, option(SAMPLING, metavar="X", help="How much tumors and modality are stressed; 0 is off.")
+    ] = None,
+    controlnet_conditioning_scale: Annotated[
+        float | None, option(SAMPLING, metavar="X", help="How closely the label map is followed; 1 if not given.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        option(MODEL, metavar="MODEL", help="A folder or a Hub id; a small model inside the package if not given."),
+    ] = None,
+    revision: Annotated[
+        str | None, option(MODEL, metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
+    ] = None,
+    device: Annotated[
+        str,
+        option(
+            MODEL,
+            metavar="NAME",
+            show_default=True,
+            help="auto (an accelerator if there is one), cpu, cuda, mps, xpu.",
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        option(
+            MODEL,
+            metavar="NAME",
+            show_default=True,
+            help="auto (float32 on the CPU, else float16), float32, float16, bfloat16.",
+        ),
+    ] = "auto",
+    tiling: Annotated[
+        bool, option(MODEL, "--tiling", help="Decode in tiles: less memory, nearly the same image.")
+    ] = False,
+    output: Annotated[
+        Path,
+        option(OUTPUT, metavar="FOLDER", show_default=True, help="Folder of the results; made if it is not there."),
+    ] = Path("."),
+    name: Annotated[
+        str | None, option(OUTPUT, metavar="NAME", help="What their names begin with; model and seed if not given.")
+    ] = None,
+    window: Annotated[
+        Literal["soft", "lung", "bone", "wide"],
+        option(OUTPUT, metavar="NAME", show_default=True, help="HU that the picture shows: soft, lung, bone, wide."),
+    ] = "soft",
+    force: Annotated[bool, option(OUTPUT, "--force", help="Replace results that are there.")] = False,
+    resume: Annotated[bool, option(OUTPUT, "--resume", help="Skip images that are there and complete.")] = False,
+    as_json: Annotated[
+        bool, option(OUTPUT, "--json", help="Print one JSON object, also of an error, and nothing else.")
+    ] = False,
+) -> None:
+    """Make synthetic CT volumes with paired label maps.
+
+    A label map is looked up in the model's database by --body-region and --anatomy, or made by --size, or your own
+    with --mask; the model makes a CT of it. Without any of these it is an abdomen, and without --model the small
+    model inside the package makes it.
+
+    Every image has four files in the output folder: NAME_ct.nii.gz (int16 HU), NAME_labels.nii.gz (the label map on
+    the same grid), NAME.png (a picture of both) and, last, NAME.json (how it was made, volumes of the organs, and a
+    quality check of their HU).
+
+    Examples:
+
+    ```
+    maisi-ct generate --output out
+
+    maisi-ct generate --model maisi-rflow-ct --output out \\
+        --body-region chest --anatomy "lung tumor" --num 10
+
+    maisi-ct generate --model maisi-rflow-ct --output out \\
+        --mask segmentation.nii.gz --mask-vocabulary totalsegmentator \\
+        --body-image ct.nii.gz
+    ```
+    """
+    if force and resume:
+        raise typer.BadParameter("--force replaces what is there and --resume keeps it: give one of them")
+    if name is not None and (not name or name != Path(name).name or name.startswith(".")):
+        raise typer.BadParameter(
+            f"--name {name!r} is no name of a file: give one without folders; --output is for these"
+        )
+    request = {
+        "body_region": body_region,
+        "anatomy_list": anatomy,
+        "controllable_anatomy_size": None if size is None else [read_size(text) for text in size],
+        "mask": None if mask is None else str(mask),
+        "mask_vocabulary": mask_vocabulary,
+        "body_image": None if body_image is None else str(body_image),
+        "image_only": image_only or None,
+        "output_size": output_size,
+        "spacing": spacing,
+        "modality": modality,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "controlnet_conditioning_scale": controlnet_conditioning_scale,
+        "restore_grid": restore_grid or None,
+    }
+    # What is not asked for is the pipeline's to choose.
+    request = {argument: value for argument, value in request.items() if value is not None}
+    if not request.keys() & {"body_region", "anatomy_list", "controllable_anatomy_size", "mask", "image_only"}:
+        request["body_region"] = [DEFAULT_REGION]
+
+    found = find_model(model, revision)
+    outputs = name_outputs(output, name, found.name, seed, num)
+    done = [one for one in outputs if one.is_made_from(found.description, request)] if resume else []
+    if not (force or resume):
+        refuse_existing(outputs)
+
+    from .generation import generate_images  # takes seconds to import
+
+    try:
+        results = generate_images(found, request, outputs, done, device, dtype, tiling, window, quiet=as_json)
+    except ValueError as error:
+        raise ValueError(name_options(str(error))) from error
+    if as_json:
+        print(json.dumps({"images": results}))
+
+
+def read_size(text: str) -> tuple[str, float]:
+    """A pair of name and size from "liver=0.5"."""
+    name, _, size = text.rpartition("=")
+    try:
+        return name.strip(), float(size)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--size {text!r} is no pair of name and size: give it like --size liver=0.5"
+        ) from None

@@ -1,0 +1,127 @@
+"""`maisi-ct info`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from .models import find_model
+
+
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            show_default=False,
+            help="A folder or a Hub id; the small model of the package if not given.",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the Hub.", show_default=False),
+    ] = None,
+    output_size: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(
+            metavar="X Y Z",
+            help="Voxels to tell the memory for; the model's default if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, with all labels; also of an error.")
+    ] = False,
+) -> None:
+    """Say what a model can do: networks, regions, organs, sizes and spacings, licence, and the memory it needs.
+
+    No weights are read or downloaded.
+
+    Examples:
+
+    ```
+    maisi-ct info
+    maisi-ct info maisi-rflow-ct --output-size 512 512 256
+    ```
+    """
+    found = find_model(model, revision)
+
+    from .describe import describe  # takes seconds to import
+
+    facts = describe(found, output_size)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        show(facts)
+
+
+def show(facts: dict) -> None:
+    """Print what there is to know in lines of name and value."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for name, value in lines_of(facts):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def lines_of(facts: dict) -> list[tuple[str, str]]:
+    """Names and values of what [`describe`] tells."""
+    model, database, rules, memory = (facts[name] for name in ("model", "mask_database", "input_rules", "memory"))
+    lines = [
+        ("model", f"{model['name']} ({model['source']}{' at ' + model['revision'] if model['revision'] else ''})"),
+        ("licence", facts["licence"] or "not said in its model card: ask whoever made it"),
+    ]
+    for name, component in facts["components"].items():
+        of_network = (
+            f", {component['parameters'] / 1e6:.1f} M parameters, {component['dtype']}" if "dtype" in component else ""
+        )
+        lines.append((name, f"{component['class']}{of_network}"))
+    lines += [
+        ("makes", f"{facts['modality']} in {facts['num_inference_steps']} steps, by {facts['prediction_type']}"),
+        ("from", ", ".join(facts["label_map_from"])),
+    ]
+    if facts["labels"]:
+        new = ", ".join(f"{name} ({index})" for name, index in facts["new_classes"].items())
+        lines.append(("labels", f"{len(facts['labels'])}, listed by --json" + (f"; new ones: {new}" if new else "")))
+    if facts["controllable_sizes"]:
+        lines.append(("--size of", ", ".join(facts["controllable_sizes"])))
+    if database is not None:
+        counts = [
+            ", ".join(f"{name} {count}" for name, count in database[key].items()) for key in ("regions", "tumors")
+        ]
+        grids = [grid_text(grid) + f" ({grid['label_maps']})" for grid in database["grids"][:5]]
+        lines += [
+            ("mask database", f"{database['label_maps']} label maps: {counts[0]}"),
+            ("  tumors", counts[1] or "none"),
+            ("  grids", "\n".join(grids) + ("\n..." if len(database["grids"]) > 5 else "")),
+        ]
+    default = {"output_size": facts["default_output_size"], "spacing": facts["default_spacing"]}
+    lines += [("default grid", grid_text(default)), ("sizes", f"multiples of {facts['size_multiple']}")]
+    if rules is not None:
+        spacings = [f"{low:g} to {high:g}" for low, high in zip(rules["min_spacing"], rules["max_spacing"])]
+        lines[-1] = ("sizes", ", ".join(" x ".join(map(str, size)) for size in rules["sizes"]))
+        lines.append(
+            ("spacing", f"{', '.join(spacings)} mm along X, Y, Z{', X = Y' if rules['equal_xy_spacing'] else ''}")
+        )
+    for i, grid in enumerate(facts["recommended_grids"]):
+        lines.append(("" if i else "recommended", f"{', '.join(grid['body_region'])}: {grid_text(grid)}"))
+    size = " x ".join(map(str, memory["output_size"]))
+    lines.append(
+        (
+            "memory",
+            f"about {memory['bytes'] / 1e9:.1f} GB on the CPU in float32 for {size} voxels, "
+            f"{memory['bytes_with_tiling'] / 1e9:.1f} GB with --tiling (an estimate)",
+        )
+    )
+    return lines
+
+
+def grid_text(grid: dict) -> str:
+    """Size and spacing in words."""
+    return (
+        f"{' x '.join(map(str, grid['output_size']))} voxels of {' x '.join(f'{mm:g}' for mm in grid['spacing'])} mm"
+    )

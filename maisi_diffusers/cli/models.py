@@ -1,0 +1,88 @@
+"""The model that a command works with: the embedded one, a folder, or a Hub repository."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import PHANTOM_TINY
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pipelines import MaisiCTPipeline
+
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """
+    Where a model is.
+
+    Args:
+        name: short, for the names of files.
+        source: as the user gave it; the embedded model's is its name.
+        revision: the commit of a Hub repository.
+        folder: that has its `model_index.json`; of a Hub repository, the cached one.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    folder: Path
+
+    @property
+    def description(self) -> dict[str, str | None]:
+        """What the record of an image says of it."""
+        return {"name": self.name, "source": self.source, "revision": self.revision}
+
+
+def find_model(source: str | None, revision: str | None = None) -> Model:
+    """
+    Look for a model, of which no more than `model_index.json` is downloaded.
+
+    Args:
+        source: a folder or a Hub id; the embedded model if not given.
+        revision: branch, tag or commit of a Hub repository.
+
+    Raises:
+        FileNotFoundError: if it is neither, or the embedded model is not in this installation.
+        ValueError: if it is no diffusers repository.
+    """
+    if source is None:
+        if not (PHANTOM_TINY / INDEX).is_file():
+            raise FileNotFoundError(
+                f"the embedded model is not in this installation ({PHANTOM_TINY}): install the package again, or name "
+                "a folder or a Hub id with --model"
+            )
+        return Model(PHANTOM_TINY.name, PHANTOM_TINY.name, None, PHANTOM_TINY)
+
+    from ..loaders import Repository
+
+    is_folder = Path(source).is_dir()
+    folder = Repository(source, revision).fetch(INDEX)
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"{source} has no {INDEX}, so it is no diffusers repository; a published checkpoint becomes one by "
+            "maisi-ct convert"
+        )
+    name = Path(source).resolve().name
+    # The cache has a folder a commit, named by it.
+    return Model(name, source, None if is_folder else folder.name, folder)
+
+
+def load_pipeline(model: Model, dtype: "torch.dtype") -> "MaisiCTPipeline":
+    """
+    The pipeline of a model, on the CPU.
+
+    Raises:
+        ValueError: if its files are missing, damaged or not of this pipeline.
+    """
+    from ..pipelines import MaisiCTPipeline
+
+    source = model.folder if model.revision is None else model.source
+    try:
+        return MaisiCTPipeline.from_pretrained(source, revision=model.revision, dtype=dtype)
+    except Exception as error:  # whatever diffusers, safetensors and json say of damaged files
+        line = " ".join(str(error).split())
+        raise ValueError(f"the model {model.source} cannot be loaded: {type(error).__name__}: {line}") from error
