@@ -1,29 +1,24 @@
 """One image after another through the pipeline, each with a seed of its own, and onto the disk."""
 
-import inspect
 import json
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from diffusers.utils import logging
 
-from ..anatomy import BODY, label_colours, label_name, labels_present, legend_names
-from ..imaging import WINDOWS, is_ct, modality_code, save_preview, spacing_of
+from ..anatomy import BODY, label_colours, legend_names
+from ..imaging import WINDOWS, is_ct, modality_code, save_preview
 from ..pipelines import MaisiCTPipeline, MaisiCTPipelineOutput
 from .devices import pick_device, pick_dtype
 from .memory import memory_warning
 from .models import Model, load_pipeline
 from .outputs import Outputs, publish_outputs, staging
 from .progress import Stages
+from .record import make_record
 from .warned import collect_warnings
-
-FORMAT = 1
-"""Of the record; higher where a reader has to know."""
+from .wording import grid_text
 
 
 def generate_images(
@@ -118,8 +113,9 @@ def make_image(
                 generator=torch.Generator().manual_seed(seed),
                 callback_on_step_end=tell,
             )
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU it is a plain one
-            if "memory" not in str(error):
+        except RuntimeError as error:
+            # On the CPU it is no error of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise MemoryError(
                 f"there is not enough memory on {pipe.device} for this size: try --tiling, or a smaller --output-size"
@@ -152,95 +148,10 @@ def write_image(
     publish_outputs(staged, outputs)
 
 
-def make_record(
-    pipe: MaisiCTPipeline,
-    model: Model,
-    request: dict,
-    outputs: Outputs,
-    output: MaisiCTPipelineOutput,
-    messages: list[str],
-) -> dict:
-    """How an image was made and what is in it, as JSON has it; nothing in it changes when it is made again."""
-    image, labels = output.images[0], None if output.labels is None else output.labels[0]
-    arguments = arguments_used(pipe, request, image)
-    quality = None
-    if labels is not None:
-        quality = pipe.check_quality(np.asarray(image.dataobj), np.asarray(labels.dataobj), arguments["modality"])
-    return {
-        "format": FORMAT,
-        "synthetic": True,
-        "model": model.description,
-        "seed": outputs.seed,
-        "request": request,
-        "arguments": arguments,
-        "device": pipe.device.type,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "scheduler": type(pipe.scheduler).__name__,
-        "tiling": pipe.vae.use_tiling,
-        "versions": {
-            **{name: version(name) for name in ("maisi-diffusers", "torch", "diffusers")},
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        },
-        "files": {
-            "ct": outputs.ct.name,
-            "labels": None if labels is None else outputs.labels.name,
-            "picture": outputs.picture.name,
-        },
-        "labels": None if labels is None else measure_labels(labels, pipe.vocabulary),
-        "quality": quality,
-        "warnings": messages,
-    }
-
-
-def arguments_used(pipe: MaisiCTPipeline, request: dict, image: nib.Nifti1Image) -> dict:
-    """Every argument of the pipeline that was asked for or has a default, and what the pipeline chose by itself."""
-    parameters = inspect.signature(pipe.__call__).parameters.values()
-    given = {parameter.name: request.get(parameter.name, parameter.default) for parameter in parameters}
-    for name in NOT_ASKED_FOR:
-        del given[name]
-    if given["modality"] is None:
-        given["modality"] = pipe.config.modality
-    if given["num_inference_steps"] is None:
-        given["num_inference_steps"] = pipe.config.num_inference_steps
-    # On the grid of a mask, size and spacing are not those that the model worked with.
-    if not given["restore_grid"]:
-        given["output_size"] = image.shape
-        given["spacing"] = [round(mm, 6) for mm in spacing_of(image)]
-    return given
-
-
-# Arguments of the pipeline that are for programs, and what the seed stands for.
-NOT_ASKED_FOR = (
-    "num_images",
-    "generator",
-    "latents",
-    "output_type",
-    "return_dict",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-)
-
-
-def measure_labels(labels: nib.Nifti1Image, vocabulary: dict[str, int]) -> dict[str, dict]:
-    """Name -> index, voxels and ml of the labels that are there."""
-    planes = np.asarray(labels.dataobj)
-    counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in planes)  # one plane: it makes 8-byte copies
-    ml = np.prod(spacing_of(labels)) / 1000
-    return {
-        label_name(index, vocabulary): {
-            "index": index,
-            "voxels": int(counts[index]),
-            "ml": round(float(counts[index] * ml), 3),
-        }
-        for index in labels_present(planes)
-    }
-
-
 def report(outputs: Outputs, record: dict, seconds: float, stages: Stages) -> None:
     """Say what an image is in a line on stdout, and what is to be said against it."""
     labels = "no labels" if record["labels"] is None else f"{len(record['labels'])} labels"
-    print(f"{outputs.ct}: {grid_text(record)}, {labels}, {seconds:.0f} s")
+    print(f"{outputs.ct}: {grid_text(record['size'], record['spacing'])}, {labels}, {seconds:.0f} s")
     for message in record["warnings"]:
         stages.warn(message)
     for organ, found in (record["quality"] or {"organs": {}})["organs"].items():
@@ -249,12 +160,6 @@ def report(outputs: Outputs, record: dict, seconds: float, stages: Stages) -> No
                 f"the median of {organ} is {found['median']:g} HU, which should be {found['low']:g} to "
                 f"{found['high']:g}"
             )
-
-
-def grid_text(record: dict) -> str:
-    """Size and spacing of an image in words."""
-    size, spacing = (record["arguments"][name] for name in ("output_size", "spacing"))
-    return f"{' x '.join(map(str, size))} voxels of {' x '.join(f'{mm:g}' for mm in spacing)} mm"
 
 
 def summarize(outputs: Outputs, record: dict, skipped: bool) -> dict:

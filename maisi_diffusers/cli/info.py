@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .models import find_model
+from .wording import grid_text, size_text
 
 
 def info(
@@ -65,7 +66,7 @@ def show(facts: dict) -> None:
     table.add_column()
     for name, value in lines_of(facts):
         table.add_row(name, value)
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)  # names of folders may have brackets
 
 
 def lines_of(facts: dict) -> list[tuple[str, str]]:
@@ -93,35 +94,29 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
         counts = [
             ", ".join(f"{name} {count}" for name, count in database[key].items()) for key in ("regions", "tumors")
         ]
-        grids = [grid_text(grid) + f" ({grid['label_maps']})" for grid in database["grids"][:5]]
+        grids = [
+            grid_text(grid["output_size"], grid["spacing"]) + f" ({grid['label_maps']})"
+            for grid in database["grids"][:5]
+        ]
         lines += [
             ("mask database", f"{database['label_maps']} label maps: {counts[0]}"),
             ("  tumors", counts[1] or "none"),
             ("  grids", "\n".join(grids) + ("\n..." if len(database["grids"]) > 5 else "")),
         ]
-    default = {"output_size": facts["default_output_size"], "spacing": facts["default_spacing"]}
-    lines += [("default grid", grid_text(default)), ("sizes", f"multiples of {facts['size_multiple']}")]
+    default = grid_text(facts["default_output_size"], facts["default_spacing"])
+    lines += [("default grid", default), ("sizes", f"multiples of {facts['size_multiple']}")]
     if rules is not None:
         spacings = [f"{low:g} to {high:g}" for low, high in zip(rules["min_spacing"], rules["max_spacing"])]
-        lines[-1] = ("sizes", ", ".join(" x ".join(map(str, size)) for size in rules["sizes"]))
+        lines[-1] = ("sizes", ", ".join(map(size_text, rules["sizes"])))
         lines.append(
             ("spacing", f"{', '.join(spacings)} mm along X, Y, Z{', X = Y' if rules['equal_xy_spacing'] else ''}")
         )
     for i, grid in enumerate(facts["recommended_grids"]):
-        lines.append(("" if i else "recommended", f"{', '.join(grid['body_region'])}: {grid_text(grid)}"))
-    size = " x ".join(map(str, memory["output_size"]))
+        text = f"{', '.join(grid['body_region'])}: {grid_text(grid['output_size'], grid['spacing'])}"
+        lines.append(("" if i else "recommended", text))
+    needed, tiled = (f"{memory[key] / 1e9:.1f} GB" for key in ("bytes", "bytes_with_tiling"))
+    size = size_text(memory["output_size"])
     lines.append(
-        (
-            "memory",
-            f"about {memory['bytes'] / 1e9:.1f} GB on the CPU in float32 for {size} voxels, "
-            f"{memory['bytes_with_tiling'] / 1e9:.1f} GB with --tiling (an estimate)",
-        )
+        ("memory", f"about {needed} on the CPU in float32 for {size} voxels, {tiled} with --tiling (an estimate)")
     )
     return lines
-
-
-def grid_text(grid: dict) -> str:
-    """Size and spacing in words."""
-    return (
-        f"{' x '.join(map(str, grid['output_size']))} voxels of {' x '.join(f'{mm:g}' for mm in grid['spacing'])} mm"
-    )

@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from ..pipelines import MaisiCTPipeline
+from .wording import size_text
 
 # Decoding is where the most is needed: at the full size, with the channels of the level below, which an upsampler
 # leaves. Measured on the CPU for 64^3 to 128^3 voxels, with three VAEs: 3.5 to 3.9 such tensors at once. A run with
@@ -53,7 +54,6 @@ def memory_warning(pipe: MaisiCTPipeline, latents: torch.Tensor) -> str | None:
     needed = estimate_decoding(pipe, size, pipe.vae.dtype, pipe.vae.use_tiling)
     if needed <= free:
         return None
-    voxels = " x ".join(map(str, size))
-    message = f"decoding {voxels} voxels takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
+    message = f"decoding {size_text(size)} voxels takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
     tiled = estimate_decoding(pipe, size, pipe.vae.dtype, tiling=True)
     return message + (f"; with --tiling {tiled / 1e9:.1f}" if tiled < needed else "")

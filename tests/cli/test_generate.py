@@ -182,12 +182,18 @@ def test_own_label_map_and_back(model, tmp_path, torso_ct, torso_labels):
         torso_ct,
         "--restore-grid",
     ]
-    grid = ["--output-size", 24, 24, 24, "--steps", 1]
-    (image,) = run_json("generate", "--model", model, "--output", tmp_path, *options, *grid)["images"]
-    assert nib.load(image["ct"]).shape == nib.load(torso_labels).shape
-    assert any("not in the label map any more" in message for message in image["warnings"])
-    arguments = json.loads(Path(image["record"]).read_text())["arguments"]
+    result = run(
+        "generate", "--model", model, "--output", tmp_path, *options, "--output-size", 24, 24, 24, "--steps", 1
+    )
+    ct = tmp_path / "tiny_seed0_ct.nii.gz"
+    assert result.stdout.startswith(f"{ct}: 122 x 101 x 112 voxels of 3 x 3 x 3 mm, "), result.output
+    assert "not in the label map any more" in result.stderr
+    assert nib.load(ct).shape == nib.load(torso_labels).shape
+    record = json.loads((tmp_path / "tiny_seed0.json").read_text())
+    assert (record["size"], record["spacing"]) == ([122, 101, 112], [3.0, 3.0, 3.0])
+    arguments = record["arguments"]
     assert (arguments["output_size"], arguments["num_inference_steps"]) == ([24, 24, 24], 1)
+    assert np.allclose(arguments["spacing"], [122 * 3 / 24, 101 * 3 / 24, 112 * 3 / 24])
 
 
 def test_tiling_and_dtype(base, tmp_path):
