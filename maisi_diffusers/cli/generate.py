@@ -122,7 +122,14 @@ def generate(
     ] = False,
     output: Annotated[
         Path,
-        option(OUTPUT, metavar="FOLDER", show_default=True, help="Folder of the results; made if it is not there."),
+        option(
+            OUTPUT,
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            show_default=True,
+            help="Folder of the results; made if it is not there.",
+        ),
     ] = Path("."),
     name: Annotated[
         str | None, option(OUTPUT, metavar="NAME", help="What their names begin with; model and seed if not given.")
