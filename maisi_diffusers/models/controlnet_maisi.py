@@ -1,6 +1,5 @@
 """The ControlNet of MAISI: a label map steers the image UNet."""
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -15,16 +14,16 @@ from torch import nn
 
 from .embeddings_maisi import embed_time_and_class
 from .modeling_maisi import MaisiModelMixin
-from .unet_3d_blocks_maisi import MaisiDownBlock3D, MaisiMidBlock3D, expand_to_levels, level_attention
+from .unet_3d_blocks_maisi import MaisiBlock3D, MaisiDownBlock3D, MaisiMidBlock3D, expand_to_levels, level_attention
 from .unet_3d_maisi import MaisiUNet3DConditionModel
 
-# Latent voxels along X that the condition is embedded for at a time, under gradient checkpointing.
-SLAB = 8
-# A latent voxel depends on the condition up to 11 voxels away, which is less than three latent voxels.
-SLAB_MARGIN = 3
+# Voxels along X that the condition is embedded for at a time, under gradient checkpointing.
+SLAB = 32
+# What three convolutions, the last of them strided, reach beyond these; even, for the stride.
+SLAB_MARGIN = 4
 
 
-class MaisiControlNetConditioningEmbedding(nn.Module):
+class MaisiControlNetConditioningEmbedding(MaisiBlock3D):
     """
     Convolutions from the label map's bits at full resolution down to the latent grid.
 
@@ -44,31 +43,34 @@ class MaisiControlNetConditioningEmbedding(nn.Module):
         self.conv_out = zero_init(nn.Conv3d(block_out_channels[-1], out_channels, kernel_size=3, padding=1))
 
     def forward(self, conditioning: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(N, 8, X, Y, Z) of any dtype -> (N, C, X/4, Y/4, Z/4), computed in `dtype`."""
-        conditioning = conditioning.to(dtype)
+        """
+        (N, 8, X, Y, Z) of any dtype -> (N, C, X/4, Y/4, Z/4), computed in `dtype`.
+
+        Under gradient checkpointing the first convolutions, up to the first that halves the axes, run in slabs along
+        X, and the activations of one slab at a time are in memory: at full resolution they are what most memory goes
+        to. A slab comes with the voxels beyond its ends that its result depends on.
+        """
         if conditioning.device.type == "cpu":  # where so few channels are twice as fast when they lie side by side
             conditioning = conditioning.contiguous(memory_format=torch.channels_last_3d)
-        embedding = F.silu(self.conv_in(conditioning))
-        for conv in self.blocks:
-            embedding = F.silu(conv(embedding))
-        return self.conv_out(embedding).contiguous()
-
-    def forward_slabs(self, conditioning: torch.Tensor, dtype: torch.dtype, run: Callable) -> torch.Tensor:
-        """
-        The same in slabs along X, each through `run(self, slab, dtype)`: where that checkpoints, the activations of
-        one slab at a time are in memory, and those at full resolution are what most memory goes to.
-
-        A slab comes with the voxels beyond its ends that its result depends on; what these give themselves is cut off.
-        """
-        ratio = 2 ** (len(self.blocks) // 2)
-        size = conditioning.shape[2] // ratio
+        first, rest = [self.conv_in, *self.blocks[:2]], [*self.blocks[2:], self.conv_out]
+        size = conditioning.shape[2]
+        length = SLAB if self.gradient_checkpointing else size
         slabs = []
-        for start in range(0, size, SLAB):
-            stop = min(start + SLAB, size)
-            first, last = max(start - SLAB_MARGIN, 0), min(stop + SLAB_MARGIN, size)
-            slab = run(self, conditioning[:, :, first * ratio : last * ratio], dtype)
-            slabs.append(slab[:, :, start - first : stop - first])
-        return torch.cat(slabs, dim=2)
+        for start in range(0, size, length):
+            stop = min(start + length, size)
+            begin, end = max(start - SLAB_MARGIN, 0), min(stop + SLAB_MARGIN, size)
+            slab = self.run(self.embed, conditioning[:, :, begin:end], first, dtype)
+            slabs.append(slab[:, :, (start - begin) // 2 : (stop - begin) // 2])
+        embedding = torch.cat(slabs, dim=2)
+        for conv in rest:
+            embedding = self.run(self.embed, embedding, [conv], dtype)
+        return embedding.contiguous()
+
+    def embed(self, embedding: torch.Tensor, convs: list[nn.Conv3d], dtype: torch.dtype) -> torch.Tensor:
+        """Some of the convolutions, each of which comes after SiLU but for the very first."""
+        for conv in convs:
+            embedding = conv(embedding.to(dtype) if conv is self.conv_in else F.silu(embedding))
+        return embedding
 
 
 class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -177,7 +179,6 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
             zero_init(nn.Conv3d(channels, channels, kernel_size=1)) for channels in skip_channels
         )
         self.controlnet_mid_block = zero_init(nn.Conv3d(block_out_channels[-1], block_out_channels[-1], kernel_size=1))
-        self.gradient_checkpointing = False
 
     @classmethod
     def from_unet(
@@ -278,12 +279,7 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
         # 1. embeddings
         emb = embed_time_and_class(self, sample, timestep, class_labels)
         if controlnet_cond_embedding is None:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                controlnet_cond_embedding = self.controlnet_cond_embedding.forward_slabs(
-                    controlnet_cond, sample.dtype, self._gradient_checkpointing_func
-                )
-            else:
-                controlnet_cond_embedding = self.controlnet_cond_embedding(controlnet_cond, sample.dtype)
+            controlnet_cond_embedding = self.controlnet_cond_embedding(controlnet_cond, sample.dtype)
 
         # 2. down
         sample = self.conv_in(sample) + controlnet_cond_embedding

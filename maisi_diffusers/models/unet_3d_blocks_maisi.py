@@ -1,10 +1,27 @@
 """The blocks that the MAISI UNets and the ControlNet are made of."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .attention_maisi import MaisiAttentionBlock3D, MaisiTransformer3D
+from .upsample_conv_maisi import MaisiUpsampleConv3d, upsample_and_convolve
+
+
+class MaisiBlock3D(nn.Module):
+    """A part of a network, whose steps can be recomputed in the backward pass instead of kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.gradient_checkpointing = False
+
+    def run(self, step: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        """Call a layer or a function, under gradient checkpointing where the model has it enabled."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(step, *args)
+        return step(*args)
 
 
 def average_pool(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -14,7 +31,32 @@ def average_pool(hidden_states: torch.Tensor) -> torch.Tensor:
     return F.avg_pool3d(hidden_states, kernel_size=2)
 
 
-class MaisiResnetBlock3D(nn.Module):
+def resample(hidden_states: torch.Tensor, direction: str | None) -> torch.Tensor:
+    """Halve every axis (`"down"`), double it (`"up"`), or neither (`None`)."""
+    if direction == "down":
+        return average_pool(hidden_states)
+    if direction == "up":
+        return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+    return hidden_states
+
+
+def convolve(
+    hidden_states: torch.Tensor, conv: nn.Conv3d, norm: nn.GroupNorm | None = None, direction: str | None = None
+) -> torch.Tensor:
+    """
+    Norm and SiLU where there is a norm, resampling, convolution: a step to checkpoint.
+
+    It ends with the convolution because checkpointing recomputes no further than the backward pass needs: up to the
+    input of the convolution, which takes little time, and not the convolution, which takes nearly all of it.
+    """
+    if norm is not None:
+        hidden_states = F.silu(norm(hidden_states))
+    if direction == "up":
+        return upsample_and_convolve(hidden_states, conv)
+    return conv(resample(hidden_states, direction))
+
+
+class MaisiResnetBlock3D(MaisiBlock3D):
     """
     Residual block with the time embedding added between its two convolutions.
 
@@ -40,7 +82,8 @@ class MaisiResnetBlock3D(nn.Module):
         super().__init__()
         self.resample = resample
         self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
-        self.conv1 = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        convolution = MaisiUpsampleConv3d if resample == "up" else nn.Conv3d
+        self.conv1 = convolution(in_channels, out_channels, kernel_size=3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels)
         self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
         self.conv2 = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
@@ -51,19 +94,11 @@ class MaisiResnetBlock3D(nn.Module):
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """`hidden_states` is (N, C, X, Y, Z), `temb` (N, temb_channels)."""
         residual = hidden_states
-        hidden_states = F.silu(self.norm1(hidden_states))
-
-        if self.resample == "down":
-            residual = average_pool(residual)
-            hidden_states = average_pool(hidden_states)
-        elif self.resample == "up":
-            residual = F.interpolate(residual, scale_factor=2.0, mode="nearest")
-            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
-
-        hidden_states = self.conv1(hidden_states)
+        hidden_states = self.run(convolve, hidden_states, self.conv1, self.norm1, self.resample)
         hidden_states = hidden_states + self.time_emb_proj(F.silu(temb))[:, :, None, None, None]
-        hidden_states = self.conv2(F.silu(self.norm2(hidden_states)))
+        hidden_states = self.run(convolve, hidden_states, self.conv2, self.norm2)
 
+        residual = resample(residual, self.resample)
         if self.conv_shortcut is not None:
             residual = self.conv_shortcut(residual)
         return residual + hidden_states
@@ -81,16 +116,16 @@ class MaisiDownsample3D(nn.Module):
         return self.conv(hidden_states)
 
 
-class MaisiUpsample3D(nn.Module):
+class MaisiUpsample3D(MaisiBlock3D):
     """Nearest-neighbour doubling of every axis, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
+        self.conv = MaisiUpsampleConv3d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """(N, C, X, Y, Z) -> (N, C, 2X, 2Y, 2Z)."""
-        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        return self.run(convolve, hidden_states, self.conv, None, "up")
 
 
 def get_attention(
@@ -114,20 +149,6 @@ def get_attention(
     return MaisiTransformer3D(
         dim, heads, norm_num_groups, norm_eps, num_layers, cross_attention_dim, out_proj, upcast_attention
     )
-
-
-class MaisiBlock3D(nn.Module):
-    """A level of the UNet, whose layers can be recomputed in the backward pass instead of kept."""
-
-    def __init__(self):
-        super().__init__()
-        self.gradient_checkpointing = False
-
-    def run(self, layer: nn.Module, *args) -> torch.Tensor:
-        """Call one layer, under gradient checkpointing where the model has it enabled."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(layer, *args)
-        return layer(*args)
 
 
 class MaisiDownBlock3D(MaisiBlock3D):
@@ -186,12 +207,12 @@ class MaisiDownBlock3D(MaisiBlock3D):
         """Returns the output and, for the skips, what every resnet (or attention) and the downsampler gave."""
         output_states = ()
         for i, resnet in enumerate(self.resnets):
-            hidden_states = self.run(resnet, hidden_states, temb)
+            hidden_states = resnet(hidden_states, temb)
             if self.attentions:
                 hidden_states = self.run(self.attentions[i], hidden_states, encoder_hidden_states)
             output_states += (hidden_states,)
         for downsampler in self.downsamplers:
-            hidden_states = self.run(downsampler, hidden_states, temb)
+            hidden_states = downsampler(hidden_states, temb)
             output_states += (hidden_states,)
         return hidden_states, output_states
 
@@ -210,9 +231,9 @@ class MaisiMidBlock3D(MaisiBlock3D):
         self, hidden_states: torch.Tensor, temb: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`hidden_states` is (N, C, X, Y, Z) and keeps its shape."""
-        hidden_states = self.run(self.resnets[0], hidden_states, temb)
+        hidden_states = self.resnets[0](hidden_states, temb)
         hidden_states = self.run(self.attentions[0], hidden_states, encoder_hidden_states)
-        return self.run(self.resnets[1], hidden_states, temb)
+        return self.resnets[1](hidden_states, temb)
 
 
 class MaisiUpBlock3D(MaisiBlock3D):
@@ -277,11 +298,11 @@ class MaisiUpBlock3D(MaisiBlock3D):
         """`res_hidden_states` are the skips of this level, one for each resnet block, used from the last on."""
         for i, resnet in enumerate(self.resnets):
             hidden_states = torch.cat([hidden_states, res_hidden_states[-1 - i]], dim=1)
-            hidden_states = self.run(resnet, hidden_states, temb)
+            hidden_states = resnet(hidden_states, temb)
             if self.attentions:
                 hidden_states = self.run(self.attentions[i], hidden_states, encoder_hidden_states)
         for upsampler in self.upsamplers:
-            hidden_states = self.run(upsampler, hidden_states, temb)
+            hidden_states = upsampler(hidden_states, temb)
         return hidden_states
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maisi_diffusers.models import AutoencoderKLMaisi, MaisiControlNetModel
+from maisi_diffusers.models.unet_3d_blocks_maisi import MaisiDownsample3D, MaisiResnetBlock3D, MaisiUpsample3D
 
 from .networks import DENOISERS, KINDS, VAES, build, deviation, inputs, output, with_dtype
 
@@ -53,29 +55,75 @@ def test_gradient_checkpointing(kind):
 
 
 def test_every_layer_is_checkpointed(kind):
+    """Once; of a resnet block and of an upsampler, each convolution with what comes before it."""
     model, called = build(kind), []
 
-    def spy(layer, *args):
-        called.append(layer)
-        return layer(*args)
+    def spy(step, *args):
+        called.extend([step] if isinstance(step, nn.Module) else convolutions(args))
+        return step(*args)
+
+    def convolutions(args):
+        return [
+            part for arg in args for part in (arg if isinstance(arg, list) else [arg]) if isinstance(part, nn.Conv3d)
+        ]
 
     model.enable_gradient_checkpointing(spy)
     output(model, inputs(kind))
-    layers = {
-        layer
-        for name, block in model.named_modules()
-        if type(block).__name__ in model._no_split_modules
-        for layer in block.children()
-    }
-    layers = {part for layer in layers for part in (layer if isinstance(layer, nn.ModuleList) else [layer])}
+    layers = []
+    for block in model.modules():
+        if type(block).__name__ in model._no_split_modules:
+            for layer in block.children():
+                layers += layer if isinstance(layer, nn.ModuleList) else [layer]
+    expected = set()
+    for layer in layers:
+        if isinstance(layer, MaisiResnetBlock3D):
+            expected |= {layer.conv1, layer.conv2}
+        elif isinstance(layer, MaisiUpsample3D):
+            expected.add(layer.conv)
+        elif not isinstance(layer, MaisiDownsample3D):  # a convolution alone, whose input is a skip
+            expected.add(layer)
     if kind == "controlnet":
-        layers.add(model.controlnet_cond_embedding)
-    assert set(called) == layers and len(called) == len(layers)
+        embedding = model.controlnet_cond_embedding
+        expected |= {embedding.conv_in, *embedding.blocks, embedding.conv_out}
+    assert set(called) == expected and len(called) == len(expected)
 
     called.clear()
     with torch.no_grad():
         output(model, inputs(kind))
     assert not called
+
+
+class CountConvolutions(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "recomputed"), [("rflow unet", 0), ("ddpm unet", 0), ("controlnet", 2)])
+def test_convolutions_are_not_recomputed(kind, recomputed):
+    """But for the first two of the condition's embedding, at full resolution."""
+    model = build(kind).train()
+    model.enable_gradient_checkpointing()
+    loss = output(model, inputs(kind)).square().mean()
+    with CountConvolutions() as convolutions:
+        loss.backward()
+    assert convolutions.count == recomputed
+
+
+@pytest.mark.parametrize("length", [8, 10, 20])
+def test_embedding_in_slabs(length):
+    """One slab, two of which the last is short, and three."""
+    model, arguments = build("controlnet").train(), inputs("controlnet", size=(length, 2, 4))
+    loss, gradients, _ = loss_and_gradients(model, arguments)
+    plain = output(model, arguments)
+    model.enable_gradient_checkpointing()
+    slab_loss, slab_gradients, _ = loss_and_gradients(model, arguments)
+    assert deviation(output(model, arguments), plain) < 1e-6
+    assert abs(slab_loss - loss) < 1e-6 * loss
+    for name, gradient in gradients.items():
+        assert deviation(slab_gradients[name], gradient) < 1e-5, name
 
 
 # Casting layer by layer

@@ -1,6 +1,7 @@
 """The parity tests notice: each mistake that is easily made moves the output by far more than the tolerance."""
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 
 from maisi_diffusers.loaders import maisi_checkpoint
-from maisi_diffusers.models import autoencoder_kl_maisi, unet_3d_blocks_maisi
+from maisi_diffusers.models import autoencoder_kl_maisi, unet_3d_blocks_maisi, upsample_conv_maisi
 from maisi_diffusers.models.attention_maisi import MaisiAttention, MaisiAttnProcessor, MaisiTransformerBlock
 from maisi_diffusers.pipelines import MaisiCTPipeline
 
@@ -115,7 +116,19 @@ def trilinear_in_unet(pipe, monkeypatch):
     def interpolate(x, scale_factor, mode):
         return F.interpolate(x, scale_factor=scale_factor, mode="trilinear")
 
+    def upsample_and_convolve(hidden_states, conv):
+        return conv(interpolate(hidden_states, 2.0, "trilinear"))
+
     monkeypatch.setattr(unet_3d_blocks_maisi, "F", Functional(interpolate=interpolate))
+    monkeypatch.setattr(unet_3d_blocks_maisi, "upsample_and_convolve", upsample_and_convolve)
+
+
+def halves_of_doubled_voxels_swapped(pipe, monkeypatch):
+    def product(halves, repeat):
+        return itertools.product(halves[::-1], repeat=repeat)
+
+    monkeypatch.setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", 0)
+    monkeypatch.setattr(upsample_conv_maisi, "itertools", SimpleNamespace(product=product))
 
 
 def one_sided_padding_in_unet(pipe, monkeypatch):
@@ -219,6 +232,7 @@ MISTAKES = [
     (log_sigma_as_it_is_called, "vae encoder"),
     (output_padding_before, "mask_vae decoder"),
     (trilinear_in_unet, "unet"),
+    (halves_of_doubled_voxels_swapped, "unet"),
     (one_sided_padding_in_unet, "unet", "ddpm-ct"),
     (pooling_before_the_norm, "unet", "rflow-ct"),
     (one_sided_padding_in_condition_embedding, "controlnet"),

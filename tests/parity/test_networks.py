@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maisi_diffusers.loaders.key_mapping import unet_source_keys
+from maisi_diffusers.models import upsample_conv_maisi
 
 from .monai_reference import label_bits
 
@@ -68,7 +69,10 @@ def test_mask_vae(pair):
     assert_close(pair.pipe.mask_vae.decode(mean).sample, pair.monai["mask_vae"].decode(mean))
 
 
-def test_unet(pair):
+# Where upsampling is computed on the grid as it was: on larger grids than these alone, or everywhere.
+@pytest.mark.parametrize("voxels_per_channel", [upsample_conv_maisi.VOXELS_PER_CHANNEL, 0])
+def test_unet(pair, monkeypatch, voxels_per_channel):
+    monkeypatch.setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", voxels_per_channel)
     monai, ours = unet_inputs(pair)
     assert_close(pair.pipe.unet(**ours).sample, pair.monai["unet"](**monai))
 

@@ -1,0 +1,74 @@
+"""The convolution after doubling, computed on the grid as it was."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from maisi_diffusers.models.upsample_conv_maisi import MaisiUpsampleConv3d, upsample_and_convolve
+
+KERNEL = {"kernel_size": 3, "padding": 1}
+
+
+def doubled(hidden_states: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+
+
+def plain(conv: MaisiUpsampleConv3d, hidden_states: torch.Tensor) -> torch.Tensor:
+    return F.conv3d(doubled(hidden_states), conv.weight, conv.bias, padding=1)
+
+
+# The first is computed by phases; the last has fewer voxels than channels.
+@pytest.mark.parametrize(
+    "channels, size", [((4, 6), (3, 4, 5)), ((1, 1), (1, 1, 1)), ((3, 2), (2, 7, 3)), ((9, 4), (2, 2, 2))]
+)
+def test_equals_the_convolution_of_the_doubled_grid(channels, size):
+    torch.manual_seed(0)
+    conv = MaisiUpsampleConv3d(*channels, **KERNEL).double()
+    hidden_states = torch.randn(2, channels[0], *size, dtype=torch.float64, requires_grad=True)
+    ours, theirs = conv(hidden_states, upsample=True), plain(conv, hidden_states)
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn_like(ours)
+    inputs = [hidden_states, conv.weight, conv.bias]
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs), torch.autograd.grad((theirs * weights).sum(), inputs)
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_phases_are_taken_where_they_save_work(monkeypatch):
+    shapes = []
+    convolve = F.conv3d
+    monkeypatch.setattr(
+        F, "conv3d", lambda x, weight, *args: shapes.append(weight.shape[2:]) or convolve(x, weight, *args)
+    )
+    conv = MaisiUpsampleConv3d(8, 2, **KERNEL)
+    conv(torch.zeros(1, 8, 2, 2, 2), upsample=True)
+    assert shapes == [(2, 2, 2)] * 8
+    shapes.clear()
+    conv(torch.zeros(1, 8, 2, 2, 1), upsample=True)
+    assert (2, 2, 2) not in shapes
+
+
+def test_a_plain_convolution_without_upsampling():
+    conv = MaisiUpsampleConv3d(3, 5, **KERNEL)
+    hidden_states = torch.randn(1, 3, 4, 4, 4)
+    torch.testing.assert_close(conv(hidden_states), F.conv3d(hidden_states, conv.weight, conv.bias, padding=1))
+
+
+def test_keys_are_those_of_a_convolution():
+    assert MaisiUpsampleConv3d(2, 3, **KERNEL).state_dict().keys() == nn.Conv3d(2, 3, 3).state_dict().keys()
+
+
+def test_an_adapter_sees_the_doubled_grid():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv1": MaisiUpsampleConv3d(4, 4, **KERNEL)})
+    hidden_states = torch.randn(1, 4, 3, 3, 3)
+    before = upsample_and_convolve(hidden_states, model["conv1"])
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1"], init_lora_weights=False), model)
+    after = upsample_and_convolve(hidden_states, model["conv1"])
+    lora = model["conv1"]
+    change = lora.lora_B["default"](lora.lora_A["default"](doubled(hidden_states))) * lora.scaling["default"]
+    torch.testing.assert_close(after, before + change)
+    assert change.abs().max() > 1e-3
