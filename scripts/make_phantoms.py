@@ -12,38 +12,15 @@ A case depends on its seed alone. Run it again to go on where it was interrupted
 """
 
 import argparse
+import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 from tqdm.auto import tqdm
 
-from maisi_diffusers.anatomy import labels_present, one_hot, regions_from_labels
-from maisi_diffusers.phantom import Subject, anatomy_sizes, make_phantom, names_of_tumors
-from maisi_diffusers.training.data_list import Case, DataList, write_data_list
-from maisi_diffusers.training.files import write_atomically
-
-# Where the fields of view are, and how often.
-REGIONS = [
-    (("chest",), 0.22),
-    (("abdomen",), 0.30),
-    (("chest", "abdomen"), 0.26),
-    (("pelvis",), 0.14),
-    (("head",), 0.08),
-]
-# Tumors whose organ is in the field of view of a region.
-TUMORS_OF = {
-    ("chest",): ("lung tumor", "hepatic tumor", "bone lesion"),
-    ("abdomen",): ("hepatic tumor", "pancreatic tumor", "colon cancer primaries", "bone lesion"),
-    ("chest", "abdomen"): names_of_tumors(),
-    ("pelvis",): ("colon cancer primaries", "bone lesion"),
-    ("head",): (),
-}
-DIAMETERS = (10.0, 60.0)  # mm
-OTHER_SPACINGS = (2.0, 4.0)  # mm
-MODALITIES = {"none": "ct_wo_contrast", "arterial": "ct_contrast", "venous": "ct_contrast"}
+from maisi_diffusers.anatomy import regions_from_words
+from maisi_diffusers.training.data_list import DataList, write_data_list
+from maisi_diffusers.training.phantom_dataset import OTHER_SPACINGS, PhantomDataset
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +32,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=3, default=[128, 128, 128], metavar=("X", "Y", "Z"), help="voxels")
     parser.add_argument("--spacing", type=float, default=3.0, help="voxel size in mm")
     parser.add_argument(
-        "--other_spacings", type=float, default=0.15, help=f"share of cases with voxels of {OTHER_SPACINGS} mm instead"
+        "--other_spacings",
+        type=float,
+        default=0.15,
+        help=f"share of cases with voxels of {OTHER_SPACINGS[0]:g} to {OTHER_SPACINGS[1]:g} mm instead",
     )
     parser.add_argument("--body_region", nargs="+", help="the same for all cases; all kinds if not given")
     parser.add_argument("--tumors", type=float, default=0.6, help="share of cases with a tumor")
@@ -65,55 +45,29 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_cases", "spacing", "num_folds", "num_processes"):
         if getattr(args, name) <= 0:
             parser.error(f"argument --{name}: {getattr(args, name)} is not allowed, give more than 0")
+    for name in ("other_spacings", "tumors"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"argument --{name}: {getattr(args, name)} is not allowed, give 0 to 1")
     return args
-
-
-def draw_case(seed: int, args: argparse.Namespace) -> dict:
-    """What [`make_phantom`] is asked for: region, spacing, tumor, table."""
-    rng = np.random.default_rng([seed, 1])
-    words, shares = zip(*REGIONS)
-    region = tuple(args.body_region or words[rng.choice(len(words), p=shares)])
-    spacing = rng.uniform(*OTHER_SPACINGS) if rng.random() < args.other_spacings else args.spacing
-    case = {"seed": seed, "body_region": region, "size": tuple(args.size), "spacing": (round(float(spacing), 2),) * 3}
-    tumors = TUMORS_OF.get(region, names_of_tumors())
-    if tumors and rng.random() < args.tumors:
-        case |= {"tumor": tumors[rng.integers(len(tumors))], "tumor_diameter": float(rng.uniform(*DIAMETERS))}
-    return case | {"table": bool(rng.random() < 0.3)}
-
-
-def make_case(seed: int, args: argparse.Namespace) -> Case:
-    """Write the CT and the label map of a seed, where they are not there yet, and describe them."""
-    paths = [args.output_dir / f"phantom{seed:06d}_{kind}.nii.gz" for kind in ("ct", "labels")]
-    asked = draw_case(seed, args)
-    phantom = None
-    if not all(path.is_file() for path in paths):
-        phantom = make_phantom(**asked)
-        for path, image in zip(paths, (phantom.image, phantom.labels)):
-            with write_atomically(path) as temporary:
-                image.to_filename(temporary)
-    image, labels = (nib.load(path) for path in paths)
-    label_map = np.asarray(labels.dataobj)
-    top, bottom = regions_from_labels(labels_present(label_map))
-    phase = (phantom.subject if phantom else Subject.draw(seed)).phase
-    return Case(
-        image=paths[0],
-        label=paths[1],
-        dim=tuple(image.shape),
-        spacing=asked["spacing"],
-        top_region_index=one_hot(top),
-        bottom_region_index=one_hot(bottom),
-        modality=MODALITIES[phase],
-        fold=seed % args.num_folds,
-        organ_size=tuple(anatomy_sizes(label_map, asked["spacing"])),
-    )
 
 
 def main(input_args: list[str] | None = None) -> None:
     """Make the data set."""
     args = parse_args(input_args)
+    if args.body_region is not None:
+        regions_from_words(args.body_region)
+    dataset = PhantomDataset(
+        folder=args.output_dir,
+        size=tuple(args.size),
+        spacing=args.spacing,
+        other_spacings=args.other_spacings,
+        body_region=None if args.body_region is None else tuple(args.body_region),
+        tumors=args.tumors,
+        num_folds=args.num_folds,
+    )
     seeds = range(args.first_seed, args.first_seed + args.num_cases)
-    with ProcessPoolExecutor(args.num_processes) as pool:
-        cases = list(tqdm(pool.map(make_case, seeds, [args] * len(seeds)), total=len(seeds), desc="Phantoms"))
+    with multiprocessing.Pool(args.num_processes) as pool:
+        cases = list(tqdm(pool.imap(dataset.make, seeds), total=len(seeds), desc="Phantoms"))
     write_data_list(args.output_dir / "dataset.json", DataList(cases))
 
 

@@ -11,9 +11,10 @@ MAY_IMPORT = {
     "schedulers": set(),
     "imaging": set(),
     "anatomy": {"imaging"},
+    "phantom": {"imaging", "anatomy"},
     "loaders": {"models", "schedulers"},
     "pipelines": {"models", "schedulers", "imaging", "anatomy", "loaders"},
-    "training": {"models", "schedulers", "imaging", "anatomy", "loaders", "pipelines"},
+    "training": {"models", "schedulers", "imaging", "anatomy", "phantom", "loaders", "pipelines"},
 }
 # The command line may use them all, and what the package itself says, such as its version.
 MAY_IMPORT["cli"] = {"", *MAY_IMPORT}
