@@ -106,7 +106,12 @@ def load_vae(args: argparse.Namespace) -> AutoencoderKLMaisi:
     if args.vae_model_name_or_path is not None:
         return AutoencoderKLMaisi.from_pretrained(args.vae_model_name_or_path, cache_dir=args.cache_dir)
     config = AutoencoderKLMaisi.load_config(args.vae_config_name_or_path, cache_dir=args.cache_dir)
-    return AutoencoderKLMaisi.from_config(config)
+    vae = AutoencoderKLMaisi.from_config(config)
+    # Sure of its latents at first: noise as large as they are would long hide what is in them.
+    log_variance = vae.config.latent_channels
+    torch.nn.init.zeros_(vae.quant_conv.weight.data[log_variance:])
+    torch.nn.init.constant_(vae.quant_conv.bias.data[log_variance:], -6.0)
+    return vae
 
 
 def load_discriminator(args: argparse.Namespace) -> MaisiPatchDiscriminator:
