@@ -111,8 +111,7 @@ def draw_upper_abdomen(canvas: Canvas, cavity: np.ndarray) -> None:
     liver = union(right, left, tip, blend=0.25)
     x, y, z = (c[liver.window] for c in (canvas.x, canvas.y, canvas.z))
     below = z < 178 + under - (size - 1) * 130 - 0.62 * np.clip(x - 10, -60, 95) - 0.12 * (y - 20)
-    liver.level = np.where(below, np.float32(9), liver.level)
-    canvas.paint("liver", liver, cavity)
+    canvas.paint("liver", liver.without(below), cavity)
 
 
 def draw_bowel(canvas: Canvas, cavity: np.ndarray) -> None:

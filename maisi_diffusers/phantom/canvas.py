@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -34,6 +35,15 @@ class Solid:
     window: tuple[slice, slice, slice]
     level: np.ndarray
     up: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, window: tuple[slice, slice, slice], inside: np.ndarray) -> Self:
+        """A solid of some voxels of a window."""
+        return cls(window, np.where(inside, np.float32(0), np.float32(FAR)))
+
+    def without(self, where: np.ndarray) -> Self:
+        """The solid with some voxels of its window cut off."""
+        return Solid(self.window, np.where(where, np.float32(FAR), self.level), self.up)
 
     @property
     def inside(self) -> np.ndarray:

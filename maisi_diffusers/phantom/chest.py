@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from .canvas import Canvas, Solid, union
-from .frame import Frame, spine_y
+from .canvas import Canvas, Solid, profile, union
+from .frame import SPINE, Frame, spine_y
 from .skeleton import SIDES
 
 AORTA = 12.5  # mm, radius of its arch
@@ -77,16 +77,16 @@ def draw_lungs(canvas: Canvas, frame: Frame) -> None:
     """What the mediastinum leaves of the chest, cut into lobes by the fissures."""
     x, y, z = canvas.x, canvas.y, canvas.z
     subject = canvas.subject
-    spine = spine_y(np.arange(600, dtype=np.float32)).astype(np.float32)[np.clip(z, 0, 599).astype(np.intp)]
     # Half width of the mediastinum: wide in front of the spine and at the vessels, narrow behind the sternum.
     heights = np.clip((z - 300) / 100, 0, 1)
     behind_sternum = np.clip((y - 10) / 60, 0, 1)
     half_width = 27 - 15 * behind_sternum + 8 * heights * (1 - behind_sternum)
     mediastinum = np.abs(x - 2) < half_width
-    mediastinum |= np.hypot(x, y - spine) < 25  # the spine
+    mediastinum |= np.hypot(x, y - profile(z, SPINE)) < 25  # the spine
     mediastinum |= (z > 440) & (np.hypot(np.abs(x) - 52, y + 18) > 38)  # the lungs' tops are round
     lung = frame.thorax & ~mediastinum & canvas.is_body()
-    lung &= z > _smallest_height(x, y, subject)
+    # Their edges do not reach into the lowest corners of the chest.
+    lung &= z > 196 + subject.breath * 0.5 + 22 * np.clip(y / 60, 0, 1)
 
     rng = subject.rng("fissures")
     tilt, height, flat = rng.normal(1.05, 0.08), rng.normal(312, 8), rng.normal(314, 8)
@@ -102,9 +102,4 @@ def draw_lungs(canvas: Canvas, frame: Frame) -> None:
         "left lung upper lobe": ~right & oblique,
         "left lung lower lobe": ~right & ~oblique,
     }.items():
-        canvas.paint(name, Solid(everywhere, np.where(where, np.float32(0), np.float32(9))), lung)
-
-
-def _smallest_height(x: np.ndarray, y: np.ndarray, subject) -> np.ndarray:
-    """How far down the lungs' edges reach: not into the lowest corners of the chest."""
-    return 196 + subject.breath * 0.5 + 22 * np.clip(y / 60, 0, 1)
+        canvas.paint(name, Solid.of(everywhere, where), lung)

@@ -47,22 +47,19 @@ def draw_spine(canvas: Canvas) -> None:
     cord_distance = np.hypot(x, y + behind)
     body = (np.abs(x) / half_width) ** 3 + (np.abs(y) / half_depth) ** 3 < 1
     arch = (cord_distance < canal + 6) & (cord_distance >= canal)
-    canvas.paint("spinal cord", Solid(window, np.where((cord_distance < canal - 1) & (z > -60), 0, 9)))
+    canvas.paint("spinal cord", Solid.of(window, (cord_distance < canal - 1) & (z > -60)))
 
     canvas.fill("disc", window, body & (z > 0) & (z < TOP["vertebrae C2"]))
 
     sacrum = (body | arch | ((np.abs(x) < half_width) & (y > -behind - 6) & (y < half_depth * 0.6))) & (z < 0)
-    canvas.paint("vertebrae S1", Solid(window, np.where(sacrum & (z > -30), 0, 9)))
-    canvas.paint("sacrum", Solid(window, np.where(sacrum, 0, 9)))
+    canvas.paint("vertebrae S1", Solid.of(window, sacrum & (z > -30)))
+    canvas.paint("sacrum", Solid.of(window, sacrum))
 
     # Transverse and spinous processes hang from the arch; the loins' are longest across, the chest's slope down.
     for i, (name, bottom, top) in enumerate(LEVELS):
         height = top - bottom
         part = canvas.window((-52, -150, bottom - 22), (52, 30, top + 4))
         local = tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, window))
-        if any(s.start < 0 for s in local) or any(s.stop <= s.start for s in local):
-            local = tuple(slice(max(s.start, 0), max(s.stop, 0)) for s in local)
-            part = tuple(slice(w.start + s.start, w.start + s.stop) for s, w in zip(local, window))
         zs, xs, ys = z[local], x[local], y[local]
         here = (zs > bottom) & (zs < top)
         bone = here & body[local]
@@ -84,7 +81,7 @@ def draw_spine(canvas: Canvas) -> None:
             & (np.abs(ys + behind[local] + 0.12 * np.abs(xs)) < 5)
             & (cord_distance[local] >= canal[local])
         )
-        painted = canvas.paint(name, Solid(part, np.where(bone, 0, 9)))
+        painted = canvas.paint(name, Solid.of(part, bone))
         canvas.content[part][painted] = 0  # no disc
 
 
@@ -182,7 +179,7 @@ def draw_pelvis(canvas: Canvas) -> None:
         column = canvas.tube(iliac_base(s), [13, 14, 15, 12])
         socket = canvas.ellipsoid(head, (33, 33, 33))
         opening = (canvas.x[socket.window] * side > abs(s) * 89 + 12) | (canvas.z[socket.window] < -112)
-        socket.level = np.where(opening, 9, socket.level)
+        socket = socket.without(opening)
         pubis = canvas.tube(
             [(s * 74, 24, -92), (s * 42, 48, -104), (s * 13, 58, -122), (s * 12, 54, -140)], [11, 8, 10, 9]
         )
@@ -206,7 +203,7 @@ def draw_skull(canvas: Canvas) -> None:
         )
         canvas.fill("cerebrospinal fluid", horn.window, horn.inside)
     outer = canvas.ellipsoid((0, 8, 665), (70, 89, 73))
-    outer.level = np.where(canvas.z[outer.window] < 606, 9, outer.level)
+    outer = outer.without(canvas.z[outer.window] < 606)
     base = canvas.ellipsoid((0, 18, 610), (50, 42, 12), power=2.6)
     face = canvas.ellipsoid((0, 72, 606), (42, 24, 34), power=2.6)
     hollow = [canvas.ellipsoid((0, 72, 600), (9, 20, 24))]
