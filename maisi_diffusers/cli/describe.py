@@ -44,8 +44,8 @@ def describe(model: Model, output_size: tuple[int, int, int] | None) -> dict:
     database = AnatomyFiles(repository).mask_database
     rules = pipe.config.input_rules
     size = tuple(output_size or pipe.config.default_output_size or DEFAULT_SIZE)
-    if any(n % pipe.size_multiple for n in size):
-        raise ValueError(f"--output-size {size} does not divide by {pipe.size_multiple}, which this model needs")
+    if any(n < 1 or n % pipe.size_multiple for n in size):
+        raise ValueError(f"--output-size {size} is not allowed: this model needs multiples of {pipe.size_multiple}")
     new_classes = {name: index for name, index in pipe.vocabulary.items() if name not in LABELS}
     known = {name: index for name, index in pipe.vocabulary.items() if index not in DUMMIES or name in new_classes}
     return {

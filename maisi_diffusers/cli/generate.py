@@ -20,6 +20,8 @@ ANATOMY, OWN_MAP, GRID, SAMPLING, MODEL, OUTPUT = (
 )
 # Where nothing says what to show.
 DEFAULT_REGION = "abdomen"
+# Of torch's generators.
+MAX_SEED = 2**63
 
 
 def option(panel: str, *names: str, **settings: Any) -> Any:
@@ -169,6 +171,8 @@ def generate(
     """
     if force and resume:
         raise typer.BadParameter("--force replaces what is there and --resume keeps it: give one of them")
+    if seed + num > MAX_SEED:
+        raise typer.BadParameter(f"--seed {seed} is too large: the last image's must be below 2^63")
     if name is not None and (not name or name != Path(name).name or name.startswith(".")):
         raise typer.BadParameter(
             f"--name {name!r} is no name of a file: give one without folders; --output is for these"

@@ -78,7 +78,9 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
     ]
     for name, component in facts["components"].items():
         of_network = (
-            f", {component['parameters'] / 1e6:.1f} M parameters, {component['dtype']}" if "dtype" in component else ""
+            f", {component['parameters'] / 1e6:.1f} M parameters, {component['dtype'] or 'dtype not known from here'}"
+            if "dtype" in component
+            else ""
         )
         lines.append((name, f"{component['class']}{of_network}"))
     lines += [

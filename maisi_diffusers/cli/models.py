@@ -47,8 +47,11 @@ def find_model(source: str | None, revision: str | None = None) -> Model:
 
     Raises:
         FileNotFoundError: if it is neither, or the embedded model is not in this installation.
-        ValueError: if it is no diffusers repository.
+        ValueError: if it is no diffusers repository, or none that has revisions.
     """
+    is_folder = source is None or Path(source).is_dir()
+    if is_folder and revision is not None:
+        raise ValueError(f"--revision {revision} is for a model on the Hub: leave it out, or name one")
     if source is None:
         if not (PHANTOM_TINY / INDEX).is_file():
             raise FileNotFoundError(
@@ -59,7 +62,6 @@ def find_model(source: str | None, revision: str | None = None) -> Model:
 
     from ..loaders import Repository
 
-    is_folder = Path(source).is_dir()
     folder = Repository(source, revision).fetch(INDEX)
     if not (folder / INDEX).is_file():
         raise ValueError(

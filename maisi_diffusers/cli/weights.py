@@ -2,7 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from huggingface_hub import HfApi
 
 from .models import Model
 
@@ -14,33 +17,42 @@ def weight_dtypes(model: Model) -> dict[str, str]:
     """
     Component -> the dtype of its weights, of variants the one without a name.
 
-    Headers of a Hub repository's files are read there, unless the files were downloaded before.
+    Where the files of a Hub repository were not downloaded, their headers are read there. Components that nothing can
+    be learned of are left out.
     """
-    if model.revision is None:
-        files = [path.relative_to(model.folder).as_posix() for path in model.folder.glob("*/*.safetensors")]
-    else:
-        from huggingface_hub import HfApi
+    files = [path.relative_to(model.folder).as_posix() for path in model.folder.glob("*/*.safetensors")]
+    if files or model.revision is None:
+        return {
+            component: dtypes_text(tensor["dtype"] for name, tensor in header.items() if name != "__metadata__")
+            for component, file in choose_files(files).items()
+            for header in [read_header(model.folder / file)]
+        }
+    try:
+        hub = HfApi()
+        headers = {
+            component: hub.parse_safetensors_file_metadata(model.source, file, revision=model.revision)
+            for component, file in choose_files(hub.list_repo_files(model.source, revision=model.revision)).items()
+        }
+    except Exception:  # of the network or the Hub
+        return {}
+    return {
+        component: dtypes_text(tensor.dtype for tensor in header.tensors.values())
+        for component, header in headers.items()
+    }
 
-        files = HfApi().list_repo_files(model.source, revision=model.revision)
+
+def choose_files(files: list[str]) -> dict[str, str]:
+    """Component -> one of its files: of the variant without a name if there is one, and of shards any."""
     found: dict[str, str] = {}
-    # Without a variant last, and one shard of several, for they do not differ.
-    for match in sorted(
-        filter(None, map(_FILE.fullmatch, files)), key=lambda match: match["variant"] or "", reverse=True
-    ):
+    matches = filter(None, map(_FILE.fullmatch, files))
+    for match in sorted(matches, key=lambda match: match["variant"] or "", reverse=True):
         found[match["component"]] = match[0]
-    return {component: _dtype(model, file) for component, file in sorted(found.items())}
+    return found
 
 
-def _dtype(model: Model, file: str) -> str:
-    path = model.folder / file
-    if path.is_file():
-        dtypes = {tensor["dtype"] for name, tensor in read_header(path).items() if name != "__metadata__"}
-    else:
-        from huggingface_hub import HfApi
-
-        header = HfApi().parse_safetensors_file_metadata(model.source, file, revision=model.revision)
-        dtypes = {tensor.dtype for tensor in header.tensors.values()}
-    return ", ".join(sorted(DTYPES.get(dtype, dtype) for dtype in dtypes))
+def dtypes_text(dtypes: Iterable[str]) -> str:
+    """The names that torch has for what the files say."""
+    return ", ".join(sorted({DTYPES.get(dtype, dtype) for dtype in dtypes}))
 
 
 def read_header(path: Path) -> dict[str, dict]:

@@ -300,6 +300,7 @@ def test_bad_values(model, mask, tmp_path, options, says):
     ("options", "says"),
     [
         (["--size", "liver"], "--size 'liver' is no pair of name and size: give it like --size liver=0.5"),
+        (["--seed", str(2**63)], f"--seed {2**63} is too large"),
         (["--name", "a/b"], "--name 'a/b' is no name of a file"),
         (["--name", ""], "--name '' is no name of a file"),
         (["--force", "--resume"], "give one of them"),

@@ -120,7 +120,9 @@ def test_memory(model):
 
 
 def test_errors(model, tmp_path):
-    assert "does not divide by 8" in error_of("info", model, "--output-size", 9, 9, 9)
+    for size in ([9, 9, 9], [0, 8, 8], [-8, 8, 8]):
+        assert "is not allowed: this model needs multiples of 8" in error_of("info", model, "--output-size", *size)
+    assert "--revision v1 is for a model on the Hub" in error_of("info", model, "--revision", "v1")
     assert "neither a folder nor a Hub id" in error_of("info", tmp_path / "missing")
     shutil.copytree(model, tmp_path / "tiny")
     (tmp_path / "tiny" / "unet" / "config.json").write_text("{")
@@ -131,6 +133,11 @@ def test_errors(model, tmp_path):
     assert json.loads(run("info", tmp_path / "missing", "--json").stdout)["exit_code"] == 1
 
 
+def stdout_of(*arguments: str) -> str:
+    """What a command prints besides warnings, such as those of a Hub that does not answer."""
+    return run(*arguments).stdout
+
+
 @pytest.mark.slow
 def test_of_the_hub(model, tmp_path):
     """No weights are downloaded."""
@@ -139,9 +146,16 @@ def test_of_the_hub(model, tmp_path):
     try:
         with process_on(hub, tmp_path / "home") as process:
             facts = process.submit(run_json, "info", "owner/tiny").result()
+            with hub.paused():
+                unreached = json.loads(process.submit(stdout_of, "info", "owner/tiny", "--json").result())
     finally:
         hub.stop()
     assert facts["model"] == {"name": "tiny", "source": "owner/tiny", "revision": hub.commit("owner/tiny")}
     local = run_json("info", model)
     assert {**facts, "model": None} == {**local, "model": None}
+    # Of the weights the networks' configurations tell all but the dtype.
+    for component in facts["components"].values():
+        if "dtype" in component:
+            component["dtype"] = None
+    assert unreached == facts
     assert not list((tmp_path / "home").rglob("*.safetensors"))
