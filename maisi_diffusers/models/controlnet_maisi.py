@@ -19,8 +19,8 @@ from .unet_3d_maisi import MaisiUNet3DConditionModel
 
 # Voxels along X that the condition is embedded for at a time, under gradient checkpointing.
 SLAB = 32
-# What three convolutions, the last of them strided, reach beyond these; even, for the stride.
-SLAB_MARGIN = 4
+# How far three convolutions, the last of them strided, reach beyond its two ends; even, for the stride.
+SLAB_MARGINS = (4, 2)
 
 
 class MaisiControlNetConditioningEmbedding(MaisiBlock3D):
@@ -58,7 +58,7 @@ class MaisiControlNetConditioningEmbedding(MaisiBlock3D):
         slabs = []
         for start in range(0, size, length):
             stop = min(start + length, size)
-            begin, end = max(start - SLAB_MARGIN, 0), min(stop + SLAB_MARGIN, size)
+            begin, end = max(start - SLAB_MARGINS[0], 0), min(stop + SLAB_MARGINS[1], size)
             slab = self.run(self.embed, conditioning[:, :, begin:end], first, dtype)
             slabs.append(slab[:, :, (start - begin) // 2 : (stop - begin) // 2])
         embedding = torch.cat(slabs, dim=2)

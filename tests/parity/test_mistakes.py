@@ -1,7 +1,6 @@
 """The parity tests notice: each mistake that is easily made moves the output by far more than the tolerance."""
 
 import copy
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -123,12 +122,12 @@ def trilinear_in_unet(pipe, monkeypatch):
     monkeypatch.setattr(unet_3d_blocks_maisi, "upsample_and_convolve", upsample_and_convolve)
 
 
-def halves_of_doubled_voxels_swapped(pipe, monkeypatch):
-    def product(halves, repeat):
-        return itertools.product(halves[::-1], repeat=repeat)
+def kernel_after_doubling_not_mirrored(pipe, monkeypatch):
+    def conv_transpose3d(x, kernel, *args, **kwargs):
+        return F.conv_transpose3d(x, kernel.flip(2, 3, 4), *args, **kwargs)
 
     monkeypatch.setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", 0)
-    monkeypatch.setattr(upsample_conv_maisi, "itertools", SimpleNamespace(product=product))
+    monkeypatch.setattr(upsample_conv_maisi, "F", Functional(conv_transpose3d=conv_transpose3d))
 
 
 def one_sided_padding_in_unet(pipe, monkeypatch):
@@ -232,7 +231,7 @@ MISTAKES = [
     (log_sigma_as_it_is_called, "vae encoder"),
     (output_padding_before, "mask_vae decoder"),
     (trilinear_in_unet, "unet"),
-    (halves_of_doubled_voxels_swapped, "unet"),
+    (kernel_after_doubling_not_mirrored, "unet"),
     (one_sided_padding_in_unet, "unet", "ddpm-ct"),
     (pooling_before_the_norm, "unet", "rflow-ct"),
     (one_sided_padding_in_condition_embedding, "controlnet"),
