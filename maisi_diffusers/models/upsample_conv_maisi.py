@@ -12,9 +12,10 @@ class MaisiUpsampleConv3d(nn.Conv3d):
     """
     A convolution of kernel 3 and padding 1 that can double every axis of its input first.
 
-    Doubling writes every voxel twice along an axis: a transposed convolution of stride 2 whose kernel is two ones. With
-    the convolution after it, it is one whose kernel has four taps, the three of the convolution added to themselves one
-    tap further: 64 instead of 8 x 27 products a voxel of the grid as it was, and the same result but for rounding.
+    Doubling writes every voxel twice along an axis: a transposed convolution of stride 2 whose kernel is two ones.
+    With the convolution after it, it is one whose kernel has four taps, the three of the convolution added to
+    themselves one tap further: 64 instead of 8 x 27 products a voxel of the grid as it was, and the same result but
+    for rounding.
 
     It is made with the arguments of `nn.Conv3d`, as adapters do to make one like it.
     """
