@@ -17,11 +17,11 @@ import torch
 from accelerate.logging import get_logger
 
 from maisi_diffusers import MaisiControlNetModel, MaisiCTPipeline
+from maisi_diffusers.files import write_files_atomically
 from maisi_diffusers.training.arguments import add_optimizer_arguments, add_run_arguments, parse_args
 from maisi_diffusers.training.base_model import add_model_arguments, load_base_model
 from maisi_diffusers.training.data_list import DataList, read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
-from maisi_diffusers.training.files import write_files_atomically
 from maisi_diffusers.training.loop import Trainer
 from maisi_diffusers.training.objectives import ControlNetObjective
 from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimizer

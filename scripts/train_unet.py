@@ -34,12 +34,12 @@ from maisi_diffusers import (
     MaisiUNet3DConditionModel,
 )
 from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY
+from maisi_diffusers.files import write_files_atomically
 from maisi_diffusers.imaging import spacing_of, to_ras
 from maisi_diffusers.training.arguments import add_optimizer_arguments, add_run_arguments, parse_args
 from maisi_diffusers.training.base_model import add_model_arguments, load_any_base_model
 from maisi_diffusers.training.data_list import Case, read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
-from maisi_diffusers.training.files import write_files_atomically
 from maisi_diffusers.training.latents import encodes_labels
 from maisi_diffusers.training.loop import Trainer
 from maisi_diffusers.training.objectives import DiffusionObjective

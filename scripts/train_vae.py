@@ -25,10 +25,10 @@ from accelerate.logging import get_logger
 from diffusers.utils.torch_utils import randn_tensor
 
 from maisi_diffusers import AutoencoderKLMaisi
+from maisi_diffusers.files import write_files_atomically
 from maisi_diffusers.training.arguments import add_optimizer_arguments, add_run_arguments, parse_args
 from maisi_diffusers.training.data_list import read_data_list, split_fold
 from maisi_diffusers.training.discriminator import MaisiPatchDiscriminator
-from maisi_diffusers.training.files import write_files_atomically
 from maisi_diffusers.training.loop import Trainer
 from maisi_diffusers.training.mask_classes import check_mask_labels
 from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimizer

@@ -10,14 +10,14 @@ MAY_IMPORT = {
     "models": set(),
     "schedulers": set(),
     "imaging": set(),
-    "anatomy": {"imaging"},
+    "anatomy": {"files", "imaging"},
     "phantom": {"imaging", "anatomy"},
     "loaders": {"models", "schedulers"},
-    "pipelines": {"models", "schedulers", "imaging", "anatomy", "loaders"},
-    "training": {"models", "schedulers", "imaging", "anatomy", "phantom", "loaders", "pipelines"},
+    "pipelines": {"files", "models", "schedulers", "imaging", "anatomy", "loaders"},
+    "training": {"files", "models", "schedulers", "imaging", "anatomy", "phantom", "loaders", "pipelines"},
 }
 # The command line may use them all, and what the package itself says, such as its version.
-MAY_IMPORT["cli"] = {"", *MAY_IMPORT}
+MAY_IMPORT["cli"] = {"", "files", *MAY_IMPORT}
 
 
 def imports(path: Path) -> list[tuple[int, str]]:

@@ -4,7 +4,8 @@ from .bits import label_bits
 from .body import add_body_label
 from .colours import label_colours, legend_names
 from .label_map import load_label_map
-from .mask_database import MaisiMaskDatabase, MaskEntry
+from .mask_database import MaisiMaskDatabase
+from .mask_entry import MaskEntry
 from .quality_check import QUALITY_THRESHOLDS, check_quality
 from .regions import REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
 from .size_conditions import check_sizes, complete_anatomy_size, read_size_conditions

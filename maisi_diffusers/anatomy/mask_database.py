@@ -17,9 +17,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
+from typing import Self
 
 import nibabel as nib
 import numpy as np
@@ -29,10 +28,12 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from ..imaging import load_volume, spacing_of, to_ras
-from .json_list import read_json_list, shorten
+from .json_list import read_json_list
 from .label_map import load_label_map
-from .mask_files import read_file, safe_name
-from .regions import REGIONS, region_of_word, regions_from_labels
+from .mask_entry import MaskEntry, read_entry
+from .mask_files import read_file
+from .mask_index import whole_numbers, write_candidates
+from .regions import region_of_word
 from .vocabulary import BODY, LABELS, TUMORS, label_index, label_name, labels_present
 
 CANDIDATES = "candidate_masks.json"
@@ -41,40 +42,9 @@ MASKS = "masks"
 SPACING_TOLERANCE = 1e-3
 """Difference in mm up to which two spacings are the same: lists and users round them."""
 
-MAX_DIM = 4096
 MAX_HEADER = 2**20
 
 REGION_WORDS = ("head", "chest", "abdomen", "pelvis")
-
-
-@dataclass(frozen=True)
-class MaskEntry:
-    """One label map of a database, as the list describes it.
-
-    Args:
-        pseudo_label_filename: path of its file below the folder, or in the .zip.
-        dim: voxels along X, Y, Z.
-        spacing: voxel size in mm along X, Y, Z.
-        label_list: its labels other than background, ascending.
-        top_region_index, bottom_region_index: one-hot region of its first and its last slice from the top.
-    """
-
-    pseudo_label_filename: str
-    dim: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    label_list: tuple[int, ...]
-    top_region_index: tuple[int, int, int, int] | None = None
-    bottom_region_index: tuple[int, int, int, int] | None = None
-
-    @property
-    def regions(self) -> tuple[int, int] | None:
-        """Region (0..3) of the first and of the last slice; `None` where neither the list nor a label tells."""
-        if self.top_region_index is not None:
-            return self.top_region_index.index(1), self.bottom_region_index.index(1)
-        try:
-            return regions_from_labels(self.label_list)
-        except ValueError:
-            return None
 
 
 class MaisiMaskDatabase:
@@ -83,9 +53,9 @@ class MaisiMaskDatabase:
 
     Args:
         candidates: the JSON list, or the folder that has it as `candidate_masks.json`.
-        masks: the folder or .zip with the label maps; what is called `masks` or `masks.zip` beside the list if not
-            given. Or a function that is given a pattern (a file's name, or `*`), downloads the label maps whose name
-            matches it, and returns the folder or .zip that has them.
+        masks: the folder or .zip with the label maps; what is called `masks` or `masks.zip` beside the list, or the
+            folder that it is in, if not given. Or a function that is given a pattern (a file's name, or `*`),
+            downloads the label maps whose name matches it, and returns the folder or .zip that has them.
 
     Attributes:
         entries: a [`MaskEntry`] for every label map.
@@ -113,13 +83,38 @@ class MaisiMaskDatabase:
         self.entries = read_json_list(self.candidates, read_entry)
         if masks is None:
             beside = [self.candidates.parent / name for name in (MASKS, f"{MASKS}.zip")]
+            if (self.candidates.parent / self.entries[0].pseudo_label_filename).is_file():
+                beside.append(self.candidates.parent)
             masks = next((path for path in beside if path.exists()), None)
             if masks is None:
                 raise FileNotFoundError(
-                    f"{str(self.candidates)!r} has neither a folder 'masks' nor a 'masks.zip' beside it; download "
-                    "them, or give masks= with the folder or .zip of the label maps."
+                    f"{str(self.candidates)!r} has neither a folder 'masks' nor a 'masks.zip' nor the label maps "
+                    "beside it; download them, or give masks= with the folder or .zip of the label maps."
                 )
         self._fetch = masks if callable(masks) else lambda pattern: Path(masks)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike, num_processes: int = 1) -> Self:
+        """
+        Make a database of a folder of label maps: read every .nii and .nii.gz below it, and write the list as its
+        `candidate_masks.json`. Label maps in its folder `masks`, if it has one, are the only ones that count.
+
+        Every now and then the list is written as far as it is. What it says of files that are older than it is not
+        read again, so that an interrupted run goes on and a later one adds what is new.
+
+        Args:
+            folder: with label maps in MAISI's vocabulary, any orientation and affine.
+            num_processes: that read them.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, or no label map in it.
+            ValueError: for files that are no label maps in MAISI's vocabulary, or have no label; all of them are
+                named, and the others are in the list.
+        """
+        folder = Path(folder)
+        masks = folder / MASKS if (folder / MASKS).is_dir() else folder
+        write_candidates(folder / CANDIDATES, masks, num_processes)
+        return cls(folder)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -237,7 +232,7 @@ class MaisiMaskDatabase:
             image = nib.Nifti1Image.from_bytes(data)
             if sorted(n for n in image.shape if n > 1) != sorted(n for n in entry.dim if n > 1):
                 raise ValueError(f"it has size {image.shape}, but its entry says {entry.dim}")
-            image = to_ras(load_label_map(_whole_numbers(load_volume(image))))
+            image = to_ras(load_label_map(whole_numbers(load_volume(image))))
             check_entry(image, entry)
         except (ValueError, OSError, ImageFileError, HeaderDataError, WrapStructError) as error:
             line = " ".join(str(error).split()).rstrip(".")
@@ -295,86 +290,6 @@ def check_entry(image: nib.Nifti1Image, entry: MaskEntry) -> None:
     surplus = (present - listed) & set(TUMORS)
     if surplus:
         raise ValueError(f"it has {_names(surplus, LABELS, ', ')}, which its entry does not list")
-
-
-def read_entry(item: object) -> MaskEntry:
-    """An entry of the JSON list; raises a `ValueError` that names everything that is wrong with it."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{shorten(item)} must have names and values, like pseudo_label_filename")
-    values, problems = {}, []
-    for name, parse in FIELDS.items():
-        value = item.get(name)
-        if value is None and name in OPTIONAL:
-            continue
-        try:
-            values[name] = parse(value)
-        except ValueError as error:
-            problems.append(f"{name} is {shorten(value)}, must be {error}")
-    top, bottom = (values.get(name) for name in OPTIONAL)
-    if not problems and (top is None) != (bottom is None):
-        problems.append(f"{' and '.join(OPTIONAL)} must both be there, or neither")
-    if not problems and top is not None and top.index(1) > bottom.index(1):
-        problems.append(f"top_region_index {list(top)} is below bottom_region_index {list(bottom)}")
-    if problems:
-        raise ValueError(", ".join(problems))
-    return MaskEntry(**values)
-
-
-def _file_name(value: object) -> str:
-    if not isinstance(value, str) or not value.endswith((".nii", ".nii.gz")):
-        raise ValueError("the name of a .nii or .nii.gz file")
-    try:
-        return safe_name(value)
-    except ValueError:
-        raise ValueError("a relative path without '..'") from None
-
-
-def _numbers(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(number, Real) and math.isfinite(number) for number in value)
-
-
-def _dim(value: object) -> tuple[int, int, int]:
-    if not _numbers(value) or len(value) != 3 or any(n != int(n) or not 1 <= n <= MAX_DIM for n in value):
-        raise ValueError(f"three whole numbers of voxels, 1 to {MAX_DIM}")
-    return tuple(int(n) for n in value)
-
-
-def _spacing(value: object) -> tuple[float, float, float]:
-    if not _numbers(value) or len(value) != 3 or not all(value):
-        raise ValueError("three numbers of mm, not 0")
-    return tuple(abs(float(mm)) for mm in value)  # a sign is the direction of the axis
-
-
-def _label_list(value: object) -> tuple[int, ...]:
-    known = {0, *LABELS.values()}
-    if not _numbers(value) or not set(value) <= known:
-        raise ValueError("a list of labels, 1 to 132 and 200")
-    return tuple(sorted({int(label) for label in value} - {0}))
-
-
-def _region_index(value: object) -> tuple[int, int, int, int]:
-    if not _numbers(value) or sorted(value) != [0, 0, 0, 1]:
-        raise ValueError(f"three zeros and a 1, for one of {', '.join(REGIONS)}")
-    return tuple(int(indicator) for indicator in value)
-
-
-FIELDS: dict[str, Callable[[object], object]] = {
-    "pseudo_label_filename": _file_name,
-    "dim": _dim,
-    "spacing": _spacing,
-    "label_list": _label_list,
-    "top_region_index": _region_index,
-    "bottom_region_index": _region_index,
-}
-OPTIONAL = ("top_region_index", "bottom_region_index")
-
-
-def _whole_numbers(image: nib.Nifti1Image) -> nib.Nifti1Image:
-    """A label map that was saved as floating-point numbers, in integers; left alone where they are no whole ones."""
-    data = np.asanyarray(image.dataobj)
-    if data.dtype.kind != "f" or not all(np.array_equal(plane, np.rint(plane)) for plane in data):
-        return image
-    return nib.Nifti1Image(data.astype(np.int32), image.affine)
 
 
 def _shown(entry: MaskEntry) -> set[int]:

@@ -106,7 +106,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def publish_outputs(staged: Path, outputs: Outputs) -> None:
     """Move the files of an image from the temporary folder to their names, all of them or none."""
-    from ..training.files import publish
+    from ..files import publish
 
     outputs.record.unlink(missing_ok=True)  # what is there is not complete any more
     try:

@@ -3,13 +3,13 @@
 import copy
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Self
 
 from diffusers import DiffusionPipeline
 
 from ..anatomy import MaisiMaskDatabase, check_sizes, read_size_conditions
+from ..files import write_atomically
 from ..loaders import Repository
 
 FOLDER = "mask_database"
@@ -75,18 +75,12 @@ class AnatomyFiles:
         database, conditions = self.mask_database, self.size_conditions
         if database is None and conditions is None:
             return
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        target = Path(directory) / FOLDER
-        with tempfile.TemporaryDirectory(dir=directory, prefix=f".{FOLDER}-") as temporary:
-            new, old = Path(temporary) / "new", Path(temporary) / "old"
-            new.mkdir()
+        with write_atomically(Path(directory) / FOLDER) as folder:
+            folder.mkdir()
             if database is not None:
-                database.save(new)
+                database.save(folder)
             if conditions is not None:
-                (new / SIZE_CONDITIONS).write_text(json.dumps([{"organ_size": sizes} for sizes in conditions]))
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
+                (folder / SIZE_CONDITIONS).write_text(json.dumps([{"organ_size": sizes} for sizes in conditions]))
 
     def _find(self, path: str) -> Path | None:
         if self.repository is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from .files import publish, remove
+from ..files import publish, remove
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 

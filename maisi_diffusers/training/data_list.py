@@ -24,8 +24,8 @@ from numbers import Integral, Real
 from pathlib import Path
 
 from ..anatomy import REGIONS, check_sizes, label_index, new_vocabulary
+from ..files import write_atomically
 from ..imaging import modality_code
-from .files import write_atomically
 
 
 @dataclass(frozen=True)

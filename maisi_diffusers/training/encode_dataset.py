@@ -17,12 +17,12 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..anatomy import label_name, labels_present, load_label_map, new_vocabulary
+from ..files import write_atomically
 from ..imaging import labels_to_nifti, load_volume, modality_code, resample_like, spacing_of, to_ras
 from ..imaging.nifti import UNREADABLE
 from ..loaders import load_maisi_checkpoint
 from ..models import AutoencoderKLMaisi
 from .data_list import Case, DataList, read_data_list, write_data_list
-from .files import write_atomically
 from .latents import (
     draw_latent,
     encode_volume,

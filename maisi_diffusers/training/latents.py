@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ..anatomy import label_bits
+from ..files import write_atomically
 from ..imaging import from_hu, is_ct, resample_to_grid, spacing_of, to_ras
 from ..imaging.nifti import SCANNER_ANATOMICAL, UNREADABLE
 from ..models import AutoencoderKLMaisi
-from .files import write_atomically
 
 # Intensities of an MR volume that become 0 and 1, in percent of its voxels, as the published VAE was trained.
 MR_PERCENTILES = (0.0, 99.5)

@@ -11,9 +11,9 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from ..files import write_atomically
 from .checkpoints import checkpoint_step, find_checkpoint, list_checkpoints, save_checkpoint
 from .data_list import Case
-from .files import write_atomically
 from .trackers import JSONLinesTracker
 
 logger = get_logger(__name__)

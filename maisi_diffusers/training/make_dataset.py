@@ -24,11 +24,11 @@ from ..anatomy import (
     regions_from_labels,
     regions_from_words,
 )
+from ..files import write_atomically
 from ..imaging import load_volume, modality_code, spacing_of
 from ..imaging.nifti import UNREADABLE
 from .checks import check_case, problem_lines, read_entries, repeated_images
 from .data_list import Case, DataList, check_new_labels, write_data_list
-from .files import write_atomically
 from .prepare import NewClass, assign_folds, find_new_class, find_volumes, label_volumes, prepare_label_map
 
 

@@ -7,9 +7,9 @@ import nibabel as nib
 import numpy as np
 
 from ..anatomy import labels_present, one_hot, regions_from_labels
+from ..files import write_atomically
 from ..phantom import Subject, anatomy_sizes, make_phantom, names_of_tumors
 from .data_list import Case
-from .files import write_atomically
 
 # Where the fields of view are, and how often.
 REGIONS = [

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData, create_repo, upload_folder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .files import write_atomically
+from ..files import write_atomically
 from .processes import runs_on_cpu
 
 EMA_FILE = "ema.safetensors"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate.tracking import GeneralTracker, on_main_process
 
-from .files import write_atomically
+from ..files import write_atomically
 
 
 class JSONLinesTracker(GeneralTracker):

@@ -22,11 +22,11 @@ from ..anatomy import (
     load_label_map,
 )
 from ..anatomy.size_conditions import ABSENT
+from ..files import write_atomically
 from ..imaging import save_preview, spacing_of, to_ras
 from ..pipelines import MaisiCTPipeline, MaisiMaskPipeline
 from .data_list import Case
 from .dataset import LatentDataset
-from .files import write_atomically
 
 REGION_WORDS = ("head", "chest", "abdomen", "pelvis")
 """A `body_region` word for each of the four regions."""

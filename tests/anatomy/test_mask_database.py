@@ -361,7 +361,9 @@ def test_missing_masks(tmp_path):
     shutil.rmtree(tmp_path / "masks")
     with pytest.raises(FileNotFoundError, match="No folder and no .zip .*masks'; download it"):
         database.load(database.entries[0])
-    with pytest.raises(FileNotFoundError, match="neither a folder 'masks' nor a 'masks.zip' beside it"):
+    with pytest.raises(
+        FileNotFoundError, match="neither a folder 'masks' nor a 'masks.zip' nor the label maps beside"
+    ):
         MaisiMaskDatabase(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing.json'; download it"):
         MaisiMaskDatabase(tmp_path / "missing.json")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from maisi_diffusers.training.files import remove, write_atomically, write_files_atomically
+from maisi_diffusers.files import remove, write_atomically, write_files_atomically
 
 
 def write(path, text, folder):
@@ -74,7 +74,7 @@ def test_a_block_that_writes_nothing_fails(tmp_path, folder):
 
 KILLED = """
 import os, signal, sys
-from maisi_diffusers.training.files import write_atomically
+from maisi_diffusers.files import write_atomically
 with write_atomically(sys.argv[1]) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

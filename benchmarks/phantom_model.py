@@ -1,0 +1,222 @@
+r"""
+How good is the model inside the package, on phantoms that it has not seen?
+
+    python -m benchmarks.phantom_model
+    python -m benchmarks.phantom_model --model path/to/model --num_phantoms 4 --output figures.json
+
+It prints three tables, in Markdown:
+
+1. Fidelity. A CT is made of the label map of each unseen phantom. For every organ the median HU in it is compared with
+   that of the phantom's own CT; bone and lungs are looked for by a threshold, and compared with their labels by Dice,
+   as are those of the phantom's own CT, which tells how far the threshold can get. The VAE's PSNR is that of the
+   phantom's CT, encoded and decoded, for 0..1 of -1000..1000 HU.
+2. Tissues. The shares of air, lung, fat, soft tissue and bone in images made without a label map, and in those of 1,
+   against those of the phantoms.
+3. Sizes. Label maps with a liver, and with a hepatic tumor, of sizes from 0 to 1; what is measured in them, and the
+   rank correlation with what was asked for.
+
+Without contrast agent the HU of a phantom follow from its modality but for the spread between patients. With it they
+do not: a phantom is in the arterial or in the venous phase, for which the modalities have one name, `ct_contrast`. So
+for these the median over the phantoms is compared, not one with one.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from tqdm.auto import tqdm
+
+from maisi_diffusers import PHANTOM_TINY, MaisiCTPipeline
+from maisi_diffusers.anatomy import BONES, CONTROLLABLE_ANATOMY, LABELS, LUNG_LOBES
+from maisi_diffusers.imaging import from_hu
+from maisi_diffusers.phantom import anatomy_sizes, make_phantom
+from maisi_diffusers.training.phantom_dataset import MODALITIES, PhantomDataset
+
+FIRST_SEED = 100_000  # far from those that were trained on
+SIZE, SPACING = (128, 128, 128), 3.0
+MUSCLES = tuple(range(LABELS["left gluteus maximus"], LABELS["right iliopsoas"] + 1))
+# Labels, and how far their median HU may be off.
+ORGANS = {
+    "liver": ((LABELS["liver"],), 25),
+    "spleen": ((LABELS["spleen"],), 25),
+    "kidneys": ((LABELS["left kidney"], LABELS["right kidney"]), 25),
+    "heart": ((LABELS["heart"],), 25),
+    "muscles": (MUSCLES, 25),
+    "lungs": (LUNG_LOBES, 50),
+    "bones": (BONES, 100),
+}
+MIN_VOXELS = 50
+# Where a threshold cannot tell: what takes up contrast agent, or has it in it, is as bright as bone.
+BRIGHT = [
+    *("aorta", "inferior vena cava", "superior vena cava", "portal vein and splenic vein", "hepatic vessel", "heart"),
+    *("left kidney", "right kidney", "left atrial appendage", "brachiocephalic trunk", "pulmonary vein"),
+    *("left brachiocephalic vein", "right brachiocephalic vein", "left common carotid artery"),
+    *("right common carotid artery", "left subclavian artery", "right subclavian artery", "thyroid gland"),
+    *("left iliac artery", "right iliac artery", "left iliac vena", "right iliac vena", "spleen", "bone lesion"),
+]
+# And where gas is, as dark as lung.
+GASSY = ["trachea", "airway", "esophagus", "stomach", "duodenum", "small bowel", "colon", "colon cancer primaries"]
+BONE_HU, LUNG_HU = 150, -500
+# Lowest and highest HU of each.
+TISSUES = {
+    "air": (-2000, -950),
+    "lung": (-950, -600),
+    "fat": (-150, -50),
+    "soft tissue": (-10, 130),
+    "bone": (150, 3000),
+}
+ASKED_SIZES = np.linspace(0, 1, 9)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=PHANTOM_TINY)
+    parser.add_argument("--num_phantoms", type=int, default=32)
+    parser.add_argument("--num_image_only", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="JSON file for every figure")
+    return parser.parse_args()
+
+
+def generator(seed: int) -> torch.Generator:
+    """The random numbers of one image."""
+    return torch.Generator().manual_seed(seed)
+
+
+def psnr(pipe: MaisiCTPipeline, image: np.ndarray) -> float:
+    """dB of a CT (X, Y, Z) in HU that is encoded and decoded."""
+    intensities = from_hu(torch.from_numpy(image)[None, None], 1).to(pipe.device)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(pipe.vae.encode(intensities).latent_dist.mode()).sample
+    return -10 * float((decoded - intensities).square().mean().log10())
+
+
+def dice(found: np.ndarray, labels: np.ndarray, wanted: tuple[int, ...], untold: list[str]) -> float | None:
+    """Dice of a mask and the wanted labels, without voxels outside of the body and those of untold labels."""
+    known = (labels > 0) & ~np.isin(labels, [LABELS[name] for name in untold])
+    found, true = found & known, np.isin(labels, wanted)
+    if true.sum() < MIN_VOXELS:
+        return None
+    return float(2 * (found & true).sum() / (found.sum() + true.sum()))
+
+
+def measure(image: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """Median HU of the organs, Dice of bone and lungs by threshold, shares of the tissues."""
+    figures = {}
+    for name, (indices, _) in ORGANS.items():
+        inside = np.isin(labels, indices)
+        figures[name] = float(np.median(image[inside])) if inside.sum() >= MIN_VOXELS else None
+    figures["bone Dice"] = dice(image > BONE_HU, labels, BONES, BRIGHT)
+    figures["lung Dice"] = dice(image < LUNG_HU, labels, LUNG_LOBES, GASSY)
+    return figures | tissue_shares(image)
+
+
+def tissue_shares(image: np.ndarray) -> dict[str, float]:
+    """Percent of the voxels that each tissue has by its HU."""
+    return {name: 100 * float(((image >= low) & (image < high)).mean()) for name, (low, high) in TISSUES.items()}
+
+
+def compare_with_phantoms(pipe: MaisiCTPipeline, num_phantoms: int) -> list[dict]:
+    """A CT for the label map of every unseen phantom: what is measured in both."""
+    dataset = PhantomDataset(Path(), SIZE, SPACING, other_spacings=0, body_region=None, tumors=0.5, num_folds=1)
+    cases = []
+    for seed in tqdm(range(FIRST_SEED, FIRST_SEED + num_phantoms), desc="Label maps of unseen phantoms"):
+        phantom = make_phantom(**dataset.draw(seed))
+        labels = np.asarray(phantom.labels.dataobj)
+        # A table is no part of the label map, and so of no image that is made from it.
+        own = np.where(labels > 0, np.asarray(phantom.image.dataobj, dtype=np.float32), -1000)
+        modality = MODALITIES[phantom.subject.phase]
+        made = pipe(mask=phantom.labels, modality=modality, generator=generator(seed), output_type="np").images[0]
+        psnr_of_vae = psnr(pipe, np.asarray(phantom.image.dataobj, dtype=np.float32))
+        case = {"seed": seed, "modality": modality, "psnr": psnr_of_vae}
+        cases.append(case | {"phantom": measure(own, labels), "made": measure(made, labels)})
+    return cases
+
+
+def mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def print_fidelity(cases: list[dict]) -> None:
+    """The first table."""
+    print("\n| organ | allowed | off without contrast, mean (worst) | median with contrast, own and made |")
+    print("|---|---|---|---|")
+    for name, (_, allowed) in ORGANS.items():
+        pairs = {modality: [] for modality in set(MODALITIES.values())}
+        for case in cases:
+            if case["phantom"][name] is not None:
+                pairs[case["modality"]].append((case["phantom"][name], case["made"][name]))
+        off = [abs(own - made) for own, made in pairs["ct_wo_contrast"]]
+        without = f"{mean(off):.0f} ({max(off, default=np.nan):.0f}) HU, {len(off)} cases"
+        own, made = np.median(pairs["ct_contrast"] or [(np.nan, np.nan)], axis=0)
+        print(f"| {name} | {allowed} HU | {without} | {own:.0f}, {made:.0f} HU |")
+    print("\n| | asked | made, mean (worst) | the phantom's own CT |")
+    print("|---|---|---|---|")
+    for name, asked in (("bone Dice", 0.85), ("lung Dice", 0.95)):
+        there = [case for case in cases if case["phantom"][name] is not None]
+        own, made = ([case[which][name] for case in there] for which in ("phantom", "made"))
+        print(f"| {name} | {asked} | {mean(made):.3f} ({min(made, default=np.nan):.3f}) | {mean(own):.3f} |")
+    values = [case["psnr"] for case in cases]
+    print(f"| PSNR of the VAE | 30 dB | {mean(values):.1f} ({min(values):.1f}) dB | |")
+
+
+def print_tissues(cases: list[dict], unconditioned: list[dict]) -> None:
+    """The second table: an image passes with all of its shares within the range of the phantoms'."""
+    print("\n| percent of voxels | phantoms | made from label maps | made without |")
+    print("|---|---|---|---|")
+    groups = {"phantoms": [case["phantom"] for case in cases], "label maps": [case["made"] for case in cases]}
+    groups["without"] = unconditioned
+    for tissue in TISSUES:
+        ranges = [[figures[tissue] for figures in group] for group in groups.values()]
+        print(f"| {tissue} | " + " | ".join(f"{min(values):.1f} to {max(values):.1f}" for values in ranges) + " |")
+    limits = {tissue: [figures[tissue] for figures in groups["phantoms"]] for tissue in TISSUES}
+    passed = [
+        sum(all(min(limits[t]) <= figures[t] <= max(limits[t]) for t in TISSUES) for figures in group)
+        for group in groups.values()
+    ]
+    counts = [f"{n} of {len(group)}" for n, group in zip(passed, groups.values())]
+    print("| all within the range of phantoms | " + " | ".join(counts) + " |")
+
+
+def measure_sizes(pipe: MaisiCTPipeline, name: str) -> list[float]:
+    """Sizes in label maps that were asked for, one after the other."""
+    measured = []
+    for i, size in enumerate(tqdm(ASKED_SIZES, desc=f"Label maps with {name}")):
+        sizes = [(name, float(size))]
+        label_map = pipe.generate_masks(sizes, None, 1, generator(i), SIZE, (SPACING,) * 3)[0]
+        reached = anatomy_sizes(np.asarray(label_map.dataobj), (SPACING,) * 3)
+        measured.append(reached[CONTROLLABLE_ANATOMY.index(name)])
+    return measured
+
+
+def main() -> None:
+    args = parse_args()
+    pipe = MaisiCTPipeline.from_pretrained(args.model).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+
+    cases = compare_with_phantoms(pipe, args.num_phantoms)
+    print_fidelity(cases)
+
+    unconditioned = []
+    for seed in tqdm(range(args.num_image_only), desc="Without label maps"):
+        image = pipe(image_only=True, generator=generator(seed), output_type="np").images[0]
+        unconditioned.append(tissue_shares(image))
+    print_tissues(cases, unconditioned)
+
+    print("\n| size asked for | " + " | ".join(f"{size:.2f}" for size in ASKED_SIZES) + " | rank correlation |")
+    print("|---" * (len(ASKED_SIZES) + 2) + "|")
+    sizes = {}
+    for name in ("liver", "hepatic tumor"):
+        sizes[name] = measure_sizes(pipe, name)
+        correlation = spearmanr(ASKED_SIZES, sizes[name]).statistic
+        print(f"| {name} | " + " | ".join(f"{size:.2f}" for size in sizes[name]) + f" | {correlation:.2f} |")
+    if args.output is not None:
+        figures = {"cases": cases, "image_only": unconditioned, "sizes": sizes}
+        args.output.write_text(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

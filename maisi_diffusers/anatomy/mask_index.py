@@ -1,0 +1,99 @@
+"""The list of a mask database, written from its label maps."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from tqdm.auto import tqdm
+
+from ..files import write_atomically
+from ..imaging import load_volume, spacing_of, to_ras
+from .json_list import read_json_list
+from .label_map import load_label_map
+from .mask_entry import MaskEntry, read_entry
+from .regions import one_hot, regions_from_labels
+from .vocabulary import labels_present
+
+SECONDS_BETWEEN_WRITES = 30.0
+
+
+def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> None:
+    """Read every label map below a folder, and write the list of them as far as it is, every now and then.
+
+    Args:
+        candidates: the JSON list. Where it is there already, label maps older than it are not read again.
+        masks: the folder.
+        num_processes: that read label maps.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no label map in it.
+        ValueError: for files that are no label maps in MAISI's vocabulary; all of them are named, once the others are
+            in the list.
+    """
+    if not masks.is_dir():
+        raise FileNotFoundError(f"No folder {str(masks)!r}; give the one with the label maps.")
+    names = sorted(
+        path.relative_to(masks).as_posix()
+        for path in masks.rglob("*")
+        if path.name.endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
+    )
+    if not names:
+        raise FileNotFoundError(f"{str(masks)!r} has no .nii or .nii.gz file; give the folder with the label maps.")
+
+    entries = {}
+    if candidates.is_file():
+        written = candidates.stat().st_mtime
+        known = {entry.pseudo_label_filename: entry for entry in read_json_list(candidates, read_entry)}
+        entries = {name: known[name] for name in names if name in known and (masks / name).stat().st_mtime < written}
+    new, problems, last = [name for name in names if name not in entries], [], time.monotonic()
+    with multiprocessing.Pool(num_processes) as pool:
+        described = pool.imap_unordered(partial(describe_label_map, masks), new)
+        for name, described_or_problem in tqdm(described, total=len(new), desc="Label maps"):
+            if isinstance(described_or_problem, MaskEntry):
+                entries[name] = described_or_problem
+            else:
+                problems.append(described_or_problem)
+            if time.monotonic() - last > SECONDS_BETWEEN_WRITES:
+                _write(candidates, entries.values())
+                last = time.monotonic()
+    if entries:
+        _write(candidates, entries.values())
+    if problems:
+        raise ValueError(f"{len(problems)} of {len(names)} files are not usable; correct or move them: {problems}")
+
+
+def describe_label_map(masks: Path, name: str) -> tuple[str, MaskEntry | str]:
+    """The name of a label map, and its entry or else what is wrong with it."""
+    try:
+        image = to_ras(load_label_map(whole_numbers(load_volume(masks / name))))
+    except (ValueError, OSError, ImageFileError) as error:
+        return name, f"{name}: {error}"
+    labels = labels_present(np.asarray(image.dataobj))
+    try:
+        top, bottom = (one_hot(region) for region in regions_from_labels(labels))
+    except ValueError:  # no label tells
+        top = bottom = None
+    spacing = tuple(round(mm, 4) for mm in spacing_of(image))
+    return name, MaskEntry(name, image.shape, spacing, tuple(labels), top, bottom)
+
+
+def whole_numbers(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """A label map that was saved as floating-point numbers, in integers; left alone where they are no whole ones."""
+    data = np.asanyarray(image.dataobj)
+    if data.dtype.kind != "f" or not all(np.array_equal(plane, np.rint(plane)) for plane in data):
+        return image
+    return nib.Nifti1Image(data.astype(np.int32), image.affine)
+
+
+def _write(candidates: Path, entries: Iterable[MaskEntry]) -> None:
+    in_order = sorted(entries, key=lambda entry: entry.pseudo_label_filename)
+    content = [{key: value for key, value in asdict(entry).items() if value is not None} for entry in in_order]
+    with write_atomically(candidates) as temporary:
+        temporary.write_text("[" + ",\n ".join(json.dumps(item) for item in content) + "]\n")

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Train the model inside the package, maisi-phantom-tiny, from nothing: phantoms, five networks, mask database.
+#
+#     bash scripts/train_phantom_model.sh work
+#
+# The argument is a folder for what is made on the way, about 4 GB. On two CPU cores it takes some hours. Run it again to
+# go on where it was interrupted; every stage resumes. The model is written to maisi_diffusers/pretrained.
+set -euo pipefail
+
+work=${1:?give a folder for what is made on the way}
+scripts=$(cd "$(dirname "$0")" && pwd)
+configs=$scripts/../configs/phantom_tiny
+cores=$(nproc)
+mkdir -p "$work"
+
+phantoms() { # folder, first seed, number of cases, further options
+    python "$scripts/make_phantoms.py" --output_dir "$work/$1" --first_seed "$2" --num_cases "$3" \
+        --num_processes "$cores" "${@:4}"
+}
+
+train() { # script, output folder, options
+    python "$scripts/$1.py" --output_dir "$work/$2" --seed 0 --mixed_precision bf16 --max_grad_norm 1 \
+        --lr_scheduler cosine --lr_warmup_steps 50 --checkpointing_steps 500 --checkpoints_total_limit 1 \
+        --resume_from_checkpoint latest "${@:3}"
+}
+
+# 1. CTs with their label maps, of all regions; label maps of chest and abdomen.
+phantoms phantoms 0 480 --other_spacings 0.25 --tumors 0.4 --num_folds 24
+phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 --body_region chest abdomen
+
+# 2. Images: the VAE, the UNet on its latents, the ControlNet for that UNet.
+train train_vae vae --vae_config_name_or_path "$configs/vae.json" --data_list "$work/phantoms/dataset.json" \
+    --patch_size 48 --patches_per_case 4 --cached_cases 460 --max_train_steps 4000 --learning_rate 2e-3 \
+    --perceptual_weight 0 --adversarial_weight 0
+python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
+    --output_dir "$work/latents"
+train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \
+    --data_list "$work/latents/latents.json" --train_batch_size 2 --max_train_steps 3000 --learning_rate 1e-3 \
+    --use_ema --ema_decay 0.995
+train train_controlnet controlnet --pretrained_model_name_or_path "$work/unet" --controlnet_model_name_or_path unet \
+    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 3000 --learning_rate 5e-4 \
+    --use_ema --ema_decay 0.995
+
+# 3. Label maps: the mask VAE and the UNet on its latents.
+train train_vae mask-vae --vae_config_name_or_path "$configs/mask_vae.json" \
+    --data_list "$work/mask-phantoms/dataset.json" --patch_size 64 --patches_per_case 4 --cached_cases 380 \
+    --max_train_steps 2000 --learning_rate 1e-3
+python "$scripts/encode_latents.py" --data_list "$work/mask-phantoms/dataset.json" --vae "$work/mask-vae" \
+    --posterior mean --size 128 128 128 --output_dir "$work/mask-latents"
+train train_unet masks --vae_model_name_or_path "$work/mask-vae" --unet_config_name_or_path "$configs/mask_unet.json" \
+    --data_list "$work/mask-latents/latents.json" --train_batch_size 2 --max_train_steps 3000 --learning_rate 1e-3 \
+    --use_ema --ema_decay 0.995
+
+# 4. The mask database, from other phantoms; the model.
+phantoms database 20000 32 --other_spacings 0 --tumors 0.7
+python "$scripts/assemble_phantom_model.py" --image_model "$work/unet" --controlnet "$work/controlnet" \
+    --mask_model "$work/masks" --label_maps "$work/database" --anatomy_sizes "$work/mask-phantoms/dataset.json"
