@@ -27,6 +27,7 @@ from maisi_diffusers import (
     MaisiMaskPipeline,
 )
 from maisi_diffusers.files import write_atomically
+from maisi_diffusers.phantom import SIZE_RANGES
 from maisi_diffusers.training.data_list import read_data_list
 
 MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / f"{PHANTOM_TINY.name}.md"
@@ -67,6 +68,7 @@ def main(input_args: list[str] | None = None) -> None:
         mask_spacing=masks.config.mask_spacing,
         mask_prediction_type=masks.config.mask_prediction_type,
         mask_num_inference_steps=args.mask_num_inference_steps,
+        mask_size_ranges={name: list(ml) for name, ml in SIZE_RANGES.items()},
         default_output_size=SIZE,
         default_spacing=SPACING,
     )

@@ -32,6 +32,7 @@ from maisi_diffusers.training.discriminator import MaisiPatchDiscriminator
 from maisi_diffusers.training.loop import Trainer
 from maisi_diffusers.training.mask_classes import check_mask_labels
 from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimizer
+from maisi_diffusers.training.patches import AUGMENTATIONS
 from maisi_diffusers.training.perceptual import load_perceptual_loss
 from maisi_diffusers.training.randomness import case_generator
 from maisi_diffusers.training.run import make_accelerator, push_to_hub, run_script, save_trained, write_model_card
@@ -74,7 +75,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--patch_size", type=int, nargs="+", default=[64], help="voxels, one number or three")
     group.add_argument("--patches_per_case", type=int, default=1, help="patches of a volume to an epoch")
     group.add_argument("--cached_cases", type=int, default=0, help="volumes to keep in memory")
-    group.add_argument("--no_augmentation", action="store_true", help="the middle of each volume, as it is")
+    group.add_argument(
+        "--augmentation",
+        choices=AUGMENTATIONS,
+        default="full",
+        help="full: as published; crop: patches at random places, as they are; none: the middle of each volume",
+    )
     group = parser.add_argument_group("losses")
     group.add_argument("--kl_weight", type=float, default=1e-7, help="of the divergence, summed over a latent")
     group = parser.add_argument_group("losses of an image VAE")
@@ -155,9 +161,9 @@ def train(args: argparse.Namespace) -> None:
 
     # 2. Data, optimisers
     dataset = kind.dataset_class(
-        train_cases, patch_size, not args.no_augmentation, args.seed, args.patches_per_case, args.cached_cases
+        train_cases, patch_size, args.augmentation, args.seed, args.patches_per_case, args.cached_cases
     )
-    validation_set = kind.dataset_class(held_out, patch_size, augment=False)
+    validation_set = kind.dataset_class(held_out, patch_size, "none")
     dataloader = torch.utils.data.DataLoader(
         dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers
     )

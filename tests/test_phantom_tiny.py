@@ -71,7 +71,7 @@ def test_a_ct_that_passes_the_quality_check(pipe):
 @pytest.mark.slow
 def test_a_label_map_of_asked_sizes(pipe):
     small, large = (
-        pipe.generate_masks([("liver", size)], None, 1, seeded(), (128, 128, 128), (3.0, 3.0, 3.0))[0]
+        pipe.generate_masks([("liver", size)], None, 1, seeded(), (128, 128, 128), (3.0, 3.0, 3.0))[0][0]
         for size in (0.1, 0.9)
     )
     voxels = [np.count_nonzero(np.asarray(label_map.dataobj) == 1) for label_map in (small, large)]

@@ -72,6 +72,7 @@ def make_pipeline(version: str = "rflow-ct", seed: int = 0, with_mask_networks: 
         num_inference_steps=2,
         mask_latent_size=(4, 4, 4),
         mask_spacing=(6.0, 6.0, 6.0),
+        quality_thresholds={},  # of random weights nothing would pass
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,14 +1,17 @@
 """What MAISI knows of anatomy: labels, regions, tumors, and the outline of the body."""
 
+from .augmentation import MovedTumor, augment
 from .bits import label_bits
 from .body import add_body_label
+from .clean_up import CleanUpReport, clean_up
 from .colours import label_colours, legend_names
 from .label_map import load_label_map
-from .mask_database import MaisiMaskDatabase
+from .mask_database import FoundMask, MaisiMaskDatabase
 from .mask_entry import MaskEntry
-from .quality_check import QUALITY_THRESHOLDS, check_quality
+from .quality_check import QUALITY_THRESHOLDS, check_quality, describe_outliers
 from .regions import REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
 from .size_conditions import check_sizes, complete_anatomy_size, read_size_conditions
+from .sizes import anatomy_sizes
 from .totalsegmentator import TOTALSEGMENTATOR_CLASSES, TOTALSEGMENTATOR_TO_MAISI, totalsegmentator_to_maisi
 from .tumors import remove_tumors
 from .vocabulary import (
@@ -30,21 +33,28 @@ __all__ = [
     "BODY",
     "BONES",
     "CONTROLLABLE_ANATOMY",
+    "CleanUpReport",
     "DUMMIES",
+    "FoundMask",
     "LABELS",
     "LUNG_LOBES",
     "MASK_VAE_LABELS",
     "MaisiMaskDatabase",
     "MaskEntry",
+    "MovedTumor",
     "QUALITY_THRESHOLDS",
     "REGIONS",
     "TOTALSEGMENTATOR_CLASSES",
     "TOTALSEGMENTATOR_TO_MAISI",
     "TUMORS",
     "add_body_label",
+    "anatomy_sizes",
+    "augment",
     "check_quality",
     "check_sizes",
+    "clean_up",
     "complete_anatomy_size",
+    "describe_outliers",
     "label_bits",
     "label_colours",
     "label_index",

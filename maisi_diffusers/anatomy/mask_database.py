@@ -16,7 +16,8 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -27,13 +28,13 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from ..imaging import load_volume, spacing_of, to_ras
+from ..imaging import load_volume, resample_to_grid, spacing_of, to_ras
 from .json_list import read_json_list
 from .label_map import load_label_map
 from .mask_entry import MaskEntry, read_entry
 from .mask_files import read_file
 from .mask_index import whole_numbers, write_candidates
-from .regions import region_of_word
+from .regions import region_of_word, regions_from_labels
 from .vocabulary import BODY, LABELS, TUMORS, label_index, label_name, labels_present
 
 CANDIDATES = "candidate_masks.json"
@@ -42,9 +43,29 @@ MASKS = "masks"
 SPACING_TOLERANCE = 1e-3
 """Difference in mm up to which two spacings are the same: lists and users round them."""
 
+MISSING_VOXELS = 128
+"""How many voxels a label map may lack along an axis that is to be resampled and padded (published)."""
+
 MAX_HEADER = 2**20
 
 REGION_WORDS = ("head", "chest", "abdomen", "pelvis")
+
+
+@dataclass(frozen=True)
+class FoundMask:
+    """A label map of a database, on the wanted grid.
+
+    Args:
+        image: uint8 (X, Y, Z) in RAS+.
+        entry: what the database says of it; its size and spacing may have been others.
+        regions: region (0..3) of its first and of its last slice; `None` where nothing tells.
+        labels: that it has, other than background.
+    """
+
+    image: nib.Nifti1Image
+    entry: MaskEntry
+    regions: tuple[int, int] | None
+    labels: set[int]
 
 
 class MaisiMaskDatabase:
@@ -71,9 +92,9 @@ class MaisiMaskDatabase:
     >>> from maisi_diffusers import MaisiMaskDatabase
 
     >>> database = MaisiMaskDatabase("mask_database")
-    >>> found = database.search(body_region=["chest"], anatomy_list=["lung tumor"])
-    >>> chosen = database.select(found, num=2, generator=torch.Generator().manual_seed(0))
-    >>> masks = [database.load(entry) for entry in chosen]
+    >>> grid = {"output_size": (512, 512, 128), "spacing": (0.684, 0.684, 2.422)}
+    >>> found = database.find(2, torch.Generator().manual_seed(0), body_region=["chest"], **grid)
+    >>> found[0].image.to_filename("mask.nii.gz")
     ```
     """
 
@@ -130,6 +151,7 @@ class MaisiMaskDatabase:
         spacing: tuple[float, float, float] | None = None,
         vocabulary: Mapping[str, int] = LABELS,
         tumors: Iterable[int] = TUMORS,
+        exact: bool = True,
     ) -> list[MaskEntry]:
         """The label maps that have all of the requested labels and regions, no tumor besides, and exactly the size and
         spacing (published rule).
@@ -142,6 +164,8 @@ class MaisiMaskDatabase:
             spacing: mm along X, Y, Z, up to 0.001 mm; any if not given.
             vocabulary: name -> label; a fine-tuned model has its own.
             tumors: labels that a map has only where they are requested.
+            exact: or else all whose size and spacing can be changed to the wanted ones: along every axis they have
+                more voxels than wanted less 128 (published rule). The nearest by [`grid_distance`] come first.
 
         Raises:
             ValueError: for unknown names, and if there is no such label map: the message says which requirement none
@@ -181,19 +205,87 @@ class MaisiMaskDatabase:
                 f"{sought} is without further tumors; there are some with {have}; add it to anatomy_list to get those"
             )
 
-        exact = [entry for entry in without if _has_grid(entry, output_size, spacing)]
-        if not exact:
-            nearest = sorted(without, key=lambda entry: grid_distance(entry, output_size, spacing))
+        nearest = sorted(without, key=lambda entry: grid_distance(entry, output_size, spacing))
+        fitting = [
+            entry for entry in nearest if (_has_grid if exact else _is_large_enough)(entry, output_size, spacing)
+        ]
+        if not fitting:
             grids = Counter(_grid(entry.dim, entry.spacing) for entry in nearest)  # in this order
+            has = "has" if exact else "is large enough for"
             raise ValueError(
-                f"{sought} has {_grid(output_size, spacing)}; the nearest have "
+                f"{sought} {has} {_grid(output_size, spacing)}; the nearest have "
                 f"{_counts(dict(list(grids.items())[:3]))}; give one of these"
             )
-        return exact
+        return fitting
+
+    def find(
+        self,
+        num: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        output_size: tuple[int, int, int],
+        spacing: tuple[float, float, float],
+        **request,
+    ) -> list["FoundMask"]:
+        """Label maps on the wanted grid: those that have it, chosen at random, and if they are too few the nearest
+        others, resampled, and cropped or padded about their centre (published rule). Of equally near ones it is
+        chosen at random, and none is chosen twice while there are others.
+
+        Args:
+            num: how many.
+            generator: one, or one for each of them; the same ones find the same.
+            output_size: voxels along X, Y, Z.
+            spacing: mm along X, Y, Z.
+            request: the other arguments of [`search`].
+
+        Raises:
+            FileNotFoundError: for a label map that is not there.
+            ValueError: if there is none that fits, see [`search`], or of all that could be resampled a requested label
+                would be lost; for one that is damaged.
+        """
+        entries = self.search(output_size=output_size, spacing=spacing, exact=False, **request)
+        vocabulary = request.get("vocabulary", LABELS)
+        wanted = {label_index(anatomy, vocabulary) for anatomy in request.get("anatomy_list") or ()}
+        lost = Counter()
+        found: dict[MaskEntry, FoundMask] = {}
+        while True:
+            distances = [grid_distance(entry, output_size, spacing) for entry in entries]
+            chosen = self.select(entries, num, generator, distances)
+            for entry in chosen:
+                if entry not in found:
+                    found[entry] = self._load_on_grid(entry, output_size, spacing)
+            spoiled = [entry for entry in set(chosen) if not wanted <= found[entry].labels]
+            if not spoiled:
+                return [found[entry] for entry in chosen]
+            lost.update(label for entry in spoiled for label in wanted - found[entry].labels)
+            entries = [entry for entry in entries if entry not in spoiled]
+            if not entries:
+                names = _counts({label_name(label, vocabulary): count for label, count in lost.items()})
+                raise ValueError(
+                    f"no label map keeps all of anatomy_list on {_grid(output_size, spacing)}; they lose {names}; "
+                    "give a larger field of view or a finer spacing"
+                )
+
+    def _load_on_grid(
+        self, entry: MaskEntry, size: tuple[int, int, int], spacing: tuple[float, float, float]
+    ) -> "FoundMask":
+        image = self.load(entry)
+        if _has_grid(entry, size, spacing):
+            return FoundMask(image, entry, entry.regions, set(entry.label_list))
+        image = resample_to_grid(image, size, spacing, order=0, fill=0)
+        labels = set(labels_present(np.asarray(image.dataobj)))
+        try:
+            regions = regions_from_labels(labels)
+        except ValueError:  # no label that is left tells
+            regions = entry.regions
+        return FoundMask(image, entry, regions, labels)
 
     @staticmethod
     def select(
-        entries: list[MaskEntry], num: int, generator: torch.Generator | list[torch.Generator] | None = None
+        entries: list[MaskEntry],
+        num: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        distances: Sequence[float] | None = None,
     ) -> list[MaskEntry]:
         """Choose at random, each label map once before any is chosen twice.
 
@@ -201,14 +293,17 @@ class MaisiMaskDatabase:
             entries: what to choose from, one at least.
             num: how many.
             generator: one, or one for each of them; the same ones choose the same.
+            distances: of the entries, the nearer of which come first; without, they are all alike.
         """
         generators = generator if isinstance(generator, list) else [generator] * num
         times = [0] * len(entries)
+        distances = distances or times.copy()
         chosen = []
         for one in generators:
             device = "cpu" if one is None else one.device
             order = torch.randperm(len(entries), generator=one, device=device).tolist()
-            choice = min(order, key=times.__getitem__)  # of those chosen least the first
+            # Of those chosen least and of them the nearest the first; what rounding makes of spacings is no distance.
+            choice = min(order, key=lambda i: (times[i], round(distances[i], 2)))
             times[choice] += 1
             chosen.append(entries[choice])
         return chosen
@@ -308,6 +403,12 @@ def _has_grid(entry: MaskEntry, size: tuple[int, int, int] | None, spacing: tupl
     return same_size and (
         spacing is None or all(abs(own - mm) <= SPACING_TOLERANCE for own, mm in zip(entry.spacing, spacing))
     )
+
+
+def _is_large_enough(
+    entry: MaskEntry, size: tuple[int, int, int] | None, spacing: tuple[float, float, float] | None
+) -> bool:
+    return size is None or all(own > wanted - MISSING_VOXELS for own, wanted in zip(entry.dim, size))
 
 
 def _grid(size: tuple[int, int, int] | None, spacing: tuple[float, float, float] | None) -> str:

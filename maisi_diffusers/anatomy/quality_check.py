@@ -86,3 +86,14 @@ def check_range(organ: str, limits: Sequence[float]) -> tuple[float, float]:
     ):
         raise ValueError(f"The median of {organ!r} cannot have range {limits!r}; give the lowest and the highest HU.")
     return float(limits[0]), float(limits[1])
+
+
+def describe_outliers(quality: Mapping, attempts: int) -> str:
+    """What to say of an image that did not pass, after so many attempts."""
+    outliers = [
+        f"the median of {organ} is {found['median']:g} HU, which should be {found['low']:g} to {found['high']:g}"
+        for organ, found in quality["organs"].items()
+        if not found["passed"]
+    ]
+    times = f" in the last of {attempts} attempts" if attempts > 1 else ""
+    return f"{', '.join(outliers)}{times}; another seed, size or spacing may do better"

@@ -52,6 +52,14 @@ def generate(
             "Repeat it for several.",
         ),
     ] = None,
+    as_is: Annotated[
+        bool,
+        option(
+            ANATOMY,
+            "--as-is",
+            help="Take a label map of the database as it is, and make no variant of it.",
+        ),
+    ] = False,
     image_only: Annotated[bool, option(ANATOMY, "--image-only", help="An image without a label map.")] = False,
     modality: Annotated[
         str | None, option(ANATOMY, metavar="NAME", help="ct, ct_contrast, mri_t1, ...; the model's own if not given.")
@@ -87,6 +95,15 @@ def generate(
     ] = 1,
     steps: Annotated[
         int | None, option(SAMPLING, min=1, metavar="N", help="Denoising steps; the model's own number if not given.")
+    ] = None,
+    quality_retries: Annotated[
+        int | None,
+        option(
+            SAMPLING,
+            min=0,
+            metavar="N",
+            help="How many times an image whose organs have the wrong HU is made again; 2 if not given.",
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None, option(SAMPLING, metavar="X", help="How much tumors and modality are stressed; 0 is off.")
@@ -192,6 +209,8 @@ def generate(
         "guidance_scale": guidance_scale,
         "controlnet_conditioning_scale": controlnet_conditioning_scale,
         "restore_grid": restore_grid or None,
+        "augment_mask": False if as_is else None,
+        "quality_retries": quality_retries,
     }
     # What is not asked for is the pipeline's to choose.
     request = {argument: value for argument, value in request.items() if value is not None}

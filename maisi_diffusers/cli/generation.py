@@ -154,12 +154,6 @@ def report(outputs: Outputs, record: dict, seconds: float, stages: Stages) -> No
     print(f"{outputs.ct}: {grid_text(record['size'], record['spacing'])}, {labels}, {seconds:.0f} s")
     for message in record["warnings"]:
         stages.warn(message)
-    for organ, found in (record["quality"] or {"organs": {}})["organs"].items():
-        if not found["passed"]:
-            stages.warn(
-                f"the median of {organ} is {found['median']:g} HU, which should be {found['low']:g} to "
-                f"{found['high']:g}"
-            )
 
 
 def summarize(outputs: Outputs, record: dict, skipped: bool) -> dict:

@@ -18,6 +18,8 @@ OPTIONS = {
     "guidance_scale": "--guidance-scale",
     "controlnet_conditioning_scale": "--controlnet-conditioning-scale",
     "restore_grid": "--restore-grid",
+    "augment_mask": "--as-is",
+    "quality_retries": "--quality-retries",
 }
 """Argument -> option."""
 

@@ -40,9 +40,7 @@ def make_record(
     """How an image was made and what is in it, as JSON has it; nothing in it changes when it is made again."""
     image, labels = output.images[0], None if output.labels is None else output.labels[0]
     arguments = arguments_used(pipe, request, image)
-    quality = None
-    if labels is not None:
-        quality = pipe.check_quality(np.asarray(image.dataobj), np.asarray(labels.dataobj), arguments["modality"])
+    report = output.reports[0]
     return {
         "format": FORMAT,
         "synthetic": True,
@@ -67,7 +65,9 @@ def make_record(
             "picture": outputs.picture.name,
         },
         "labels": None if labels is None else measure_labels(labels, pipe.vocabulary),
-        "quality": quality,
+        "label_map": report["label_map"],
+        "quality": report["quality"],
+        "attempts": report["attempts"],
         "warnings": messages,
     }
 

@@ -1,8 +1,8 @@
 """Digital anatomical phantoms: label maps in MAISI's vocabulary and the CTs that belong to them, from a seed."""
 
 from .phantom import Phantom, make_phantom
-from .sizes import anatomy_sizes
+from .sizes import SIZE_RANGES
 from .subject import Subject
 from .tumors import names_of_tumors
 
-__all__ = ["Phantom", "Subject", "anatomy_sizes", "make_phantom", "names_of_tumors"]
+__all__ = ["Phantom", "SIZE_RANGES", "Subject", "make_phantom", "names_of_tumors"]

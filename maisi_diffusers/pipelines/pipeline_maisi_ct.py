@@ -4,7 +4,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from numbers import Real
+from dataclasses import asdict
+from numbers import Integral, Real
 from typing import Self
 
 import nibabel as nib
@@ -17,8 +18,10 @@ from diffusers.utils import logging
 from ..anatomy import (
     TUMORS,
     add_body_label,
+    augment,
     check_quality,
     complete_anatomy_size,
+    describe_outliers,
     label_bits,
     label_index,
     label_name,
@@ -84,7 +87,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             [`maisi_diffusers.pipelines.input_rules`]); `None` for the hard limit alone, divisibility.
         mask_latent_size: voxels of a generated label map's latent.
         mask_spacing: spacing of a generated label map in mm.
-        mask_prediction_type, mask_num_inference_steps: of the mask UNet, see [`MaisiMaskPipeline`].
+        mask_prediction_type, mask_num_inference_steps, mask_size_ranges: of the mask UNet, see [`MaisiMaskPipeline`].
         default_output_size: voxels along X, Y, Z where a call gives none; `None` for 512 x 512 x 512.
         default_spacing: mm along X, Y, Z where a call gives none; `None` for 1 mm.
         quality_thresholds: organ -> lowest and highest median in HU of [`check_quality`]; `None` for those of the
@@ -131,6 +134,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         quality_thresholds: dict | None = None,
         mask_prediction_type: str | None = None,
         mask_num_inference_steps: int | None = None,
+        mask_size_ranges: dict[str, list[float]] | None = None,
     ):
         super().__init__()
         if mask_scheduler is not None:
@@ -153,6 +157,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             mask_spacing=list(mask_spacing),
             mask_prediction_type=mask_prediction_type,
             mask_num_inference_steps=mask_num_inference_steps,
+            mask_size_ranges=mask_size_ranges,
             default_output_size=None if default_output_size is None else list(default_output_size),
             default_spacing=None if default_spacing is None else list(default_spacing),
             quality_thresholds=quality_thresholds,
@@ -385,30 +390,51 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         output_size: tuple[int, int, int],
         spacing: tuple[float, float, float],
-    ) -> tuple[list[nib.Nifti1Image], list[tuple[int, int]] | None]:
+        augment_mask: bool = True,
+    ) -> tuple[list[nib.Nifti1Image], list[tuple[int, int]] | None, list[dict]]:
         """
-        Label maps from the mask database, chosen at random from those that fit, one an image.
+        Label maps from the mask database, those with the wanted grid or else the nearest, and variants of them, one an
+        image; see [`MaisiMaskDatabase.find`] and [`~maisi_diffusers.anatomy.augment`].
 
         Returns:
-            the label maps, uint8 in RAS+, and the region (0..3) of the first and of the last slice of each; `None`
-            where the database does not know them all.
+            the label maps, uint8 in RAS+; the region (0..3) of the first and of the last slice of each, `None` where
+            the database does not know them all; and what there is to say of each, see [`MaisiCTPipelineOutput`].
 
         Raises:
             FileNotFoundError: a label map that is not there.
             ValueError: none that fits; a damaged one.
         """
-        database = self.mask_database
-        entries = database.search(
-            body_region, anatomy_list, output_size, spacing, vocabulary=self.vocabulary, tumors=self.tumors
+        found = self.mask_database.find(
+            num_images,
+            generator,
+            body_region=body_region,
+            anatomy_list=anatomy_list,
+            output_size=output_size,
+            spacing=spacing,
+            vocabulary=self.vocabulary,
+            tumors=self.tumors,
         )
-        chosen = database.select(entries, num_images, generator)
         affine = spacing_affine(spacing)
-        label_maps = {
-            entry: labels_to_nifti(np.asarray(add_body_label(database.load(entry)).dataobj), affine)
-            for entry in dict.fromkeys(chosen)
-        }
-        regions = [entry.regions for entry in chosen]
-        return [label_maps[entry] for entry in chosen], None if None in regions else regions
+        generators = generator if isinstance(generator, list) else [generator] * num_images
+        label_maps, reports = [], []
+        for one, mask in zip(generators, found):
+            labels, tumors = np.asarray(add_body_label(mask.image).dataobj), []
+            if augment_mask:
+                labels, tumors = augment(labels, spacing, one, self.tumors)
+                for tumor in tumors:
+                    if not tumor.is_moved:
+                        warnings.warn(
+                            f"{label_name(tumor.tumor, self.vocabulary)} stays where it is in "
+                            f"{mask.entry.pseudo_label_filename!r}: in {tumor.tries} tries there was no other place "
+                            "for it in its organ",
+                            stacklevel=3,
+                        )
+            label_maps.append(labels_to_nifti(labels, affine))
+            entry = mask.entry
+            report = {"file": entry.pseudo_label_filename, "dim": list(entry.dim), "spacing": list(entry.spacing)}
+            reports.append({**report, "tumors": [asdict(tumor) for tumor in tumors]})
+        regions = [mask.regions for mask in found]
+        return label_maps, None if None in regions else regions, reports
 
     def generate_masks(
         self,
@@ -418,9 +444,9 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         output_size: tuple[int, int, int],
         spacing: tuple[float, float, float],
-    ) -> list[nib.Nifti1Image]:
-        """Label maps made by [`MaisiMaskPipeline`], one an image, on the wanted grid; the sizes that are not given are
-        those of a real case, where the model has some."""
+    ) -> tuple[list[nib.Nifti1Image], list[dict]]:
+        """Label maps made by [`MaisiMaskPipeline`], one an image, on the wanted grid, and its reports; the sizes that
+        are not given are those of a real case, where the model has some."""
         if controllable_anatomy_size is not None and self.anatomy_size_conditions is not None:
             anatomy_size = complete_anatomy_size(controllable_anatomy_size, self.anatomy_size_conditions)
             controllable_anatomy_size = None
@@ -432,10 +458,12 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             mask_spacing=self.config.mask_spacing,
             mask_prediction_type=self.config.mask_prediction_type,
             mask_num_inference_steps=self.config.mask_num_inference_steps,
+            mask_size_ranges=self.config.mask_size_ranges,
         )
         mask_pipeline.set_progress_bar_config(**{"desc": "Label map", **getattr(self, "_progress_bar_config", {})})
-        masks = mask_pipeline(controllable_anatomy_size, anatomy_size, num_images, generator=generator).masks
-        return [resample_to_grid(mask, output_size, spacing, order=0, fill=0) for mask in masks]
+        made = mask_pipeline(controllable_anatomy_size, anatomy_size, num_images, generator=generator)
+        masks = [resample_to_grid(mask, output_size, spacing, order=0, fill=0) for mask in made.masks]
+        return masks, made.reports
 
     def prepare_conditions(
         self,
@@ -520,27 +548,67 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             residuals["mid_block_additional_residual"] = mid_block_res_sample.to(dtype)
         return self.unet(latents, timestep, **conditions, **residuals, return_dict=False)[0]
 
-    def decode(self, latents: torch.Tensor, modality: int, label_maps: list[np.ndarray] | None) -> torch.Tensor:
+    def sample(
+        self,
+        latents: torch.Tensor,
+        num_inference_steps: int,
+        conditions: dict[str, torch.Tensor],
+        embedding: torch.Tensor | None,
+        uncond_conditions: dict[str, torch.Tensor],
+        uncond_embedding: torch.Tensor | None,
+        guidance_scale: float,
+        controlnet_conditioning_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> torch.Tensor:
         """
-        Latents to HU; outside the body of the label maps, air.
+        Noise to latents, both (N, C, X, Y, Z).
 
         Args:
-            latents (N, C, X, Y, Z): as the sampling left them.
+            conditions: what the UNet takes besides the latents, see [`prepare_conditions`].
+            embedding: of the label maps, if there are any, see [`embed_label_maps`].
+            uncond_conditions, uncond_embedding: the same for the baseline of the guidance.
+        """
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, latents.device, latents[0, 0].numel())
+
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            output = self.predict(latents, timestep, conditions, embedding, controlnet_conditioning_scale)
+            if guidance_scale > 0:
+                uncond = self.predict(
+                    latents, timestep, uncond_conditions, uncond_embedding, controlnet_conditioning_scale
+                )
+                output = uncond + guidance_scale * (output - uncond)
+            return output
+
+        return denoise(
+            self,
+            self.scheduler,
+            predict,
+            latents,
+            timesteps,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+
+    def decode(self, latents: torch.Tensor, modality: int, labels: np.ndarray | None) -> torch.Tensor:
+        """
+        Latents to HU; outside the body of the label map, air.
+
+        Args:
+            latents (1, C, X, Y, Z): as the sampling left them. One at a time: decoding takes the most memory of all.
             modality: its code decides on the intensity range.
-            label_maps: uint8 (X, Y, Z), one for all images or one an image.
+            labels: uint8 (4X, 4Y, 4Z), or `None`.
 
         Returns:
-            float32 (N, 1, 4X, 4Y, 4Z).
+            float32 (1, 1, 4X, 4Y, 4Z).
         """
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        images = []
-        for i, latent in enumerate(latents.split(1)):  # one at a time: decoding takes the most memory of all
-            image = to_hu(self.vae.decode(latent, return_dict=False)[0].float(), modality)
-            if label_maps is not None:
-                outside = torch.from_numpy(label_maps[i % len(label_maps)] == 0).to(image.device)
-                image[0, 0][outside] = background_value(modality)
-            images.append(image)
-        return torch.cat(images)
+        image = to_hu(self.vae.decode(latents, return_dict=False)[0].float(), modality)
+        if labels is not None:
+            image[0, 0][torch.from_numpy(labels == 0).to(image.device)] = background_value(modality)
+        return image
 
     def check_quality(self, image: np.ndarray, labels: np.ndarray, modality: str | int | None = None) -> dict | None:
         """
@@ -583,6 +651,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         mask_vocabulary: str = "maisi",
         body_image: str | os.PathLike | nib.Nifti1Image | None = None,
         restore_grid: bool = False,
+        augment_mask: bool = True,
+        quality_retries: int = 2,
     ) -> MaisiCTPipelineOutput | tuple:
         r"""
         Args:
@@ -595,8 +665,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             mask: the user's own label map: path or nibabel image, integers, any orientation and affine.
             image_only: no label map and no ControlNet.
             output_size: voxels along X, Y, Z; if not given, with `mask` the nearest allowed grid with its field of
-                view, otherwise the model's own or 512 x 512 x 512. A looked-up label map has exactly this size and
-                spacing.
+                view, otherwise the model's own or 512 x 512 x 512. A label map that is looked up has this size and
+                spacing, or is the nearest that is resampled to them.
             spacing: mm along X, Y, Z; with `mask` what keeps its field of view if not given, otherwise the model's own
                 or 1 mm.
             modality: name or code, e.g. `"ct"`, `"ct_contrast"`, `"t1"`; the model's own if not given.
@@ -608,7 +678,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             generator: one, or one an image, for the same result again.
             latents (N, C, X/4, Y/4, Z/4): the initial noise instead of drawing it.
             output_type: `"nifti"`, `"np"`, `"pt"` or `"latent"`.
-            return_dict: return a [`MaisiCTPipelineOutput`] instead of a tuple `(images, labels)`.
+            return_dict: return a [`MaisiCTPipelineOutput`] instead of a tuple `(images, labels, reports)`.
             callback_on_step_end: called after every step as `callback(pipe, step, timestep, {"latents": ...})`;
                 setting `pipe._interrupt = True` in it ends the run early.
             callback_on_step_end_tensor_inputs: `["latents"]` or `[]`.
@@ -616,6 +686,11 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             mask_vocabulary: whose labels `mask` has: `"maisi"` or `"totalsegmentator"` (v2, `total`).
             body_image: the CT that `mask` was drawn on; gives the outline of the body where `mask` has no label 200.
             restore_grid: put images and labels back on the grid of `mask`.
+            augment_mask: make a variant of a label map that was looked up: zoomed a little, or its tumor moved and
+                deformed inside of its organ.
+            quality_retries: how many times an image that fails [`check_quality`] is made again with fresh noise,
+                before the last one is taken as it is (published: 2). Images without a label map, of MR and as latents
+                are not checked; those of your own `latents` are not made again.
 
         Raises:
             FileNotFoundError: a file that is not there.
@@ -645,6 +720,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             output_type,
             restore_grid,
         )
+        if not isinstance(quality_retries, Integral) or quality_retries < 0:
+            raise ValueError(f"quality_retries={quality_retries!r} is not allowed: give a whole number, 0 or more")
         label_maps = regions = None
         if mask is not None:
             label_maps = [self.prepare_mask(mask, mask_vocabulary, body_image, output_size, spacing)]
@@ -671,19 +748,20 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         )
 
         # 2. Generate label maps where sizes were asked for, look them up where only what they are to show
+        label_map_reports = [None] * num_images
         if controllable_anatomy_size is not None or anatomy_size is not None:
-            label_maps = self.generate_masks(
+            label_maps, label_map_reports = self.generate_masks(
                 controllable_anatomy_size, anatomy_size, num_images, generator, output_size, spacing
             )
         elif mask is None and not image_only:
-            label_maps, regions = self.look_up_masks(
-                body_region, anatomy_list, num_images, generator, output_size, spacing
+            label_maps, regions, label_map_reports = self.look_up_masks(
+                body_region, anatomy_list, num_images, generator, output_size, spacing, augment_mask
             )
 
         # 3. Prepare conditions
         device = self._execution_device
         conditions = self.prepare_conditions(num_images, spacing, modality, body_region, label_maps, device, regions)
-        embedding = uncond_embedding = None
+        arrays = embedding = uncond_embedding = None
         if label_maps is not None:
             arrays = [np.asarray(labels.dataobj) for labels in label_maps]
             embedding = self.embed_label_maps(arrays, num_images, device)
@@ -694,38 +772,41 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         if "class_labels" in conditions:
             uncond_conditions["class_labels"] = torch.zeros_like(conditions["class_labels"])
 
-        # 4. Prepare noise and timesteps
-        latents = prepare_latents(latent_shape, device, generator, latents)
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, latents[0, 0].numel())
-
-        # 5. Denoise
-        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            scale = controlnet_conditioning_scale
-            output = self.predict(latents, timestep, conditions, embedding, scale)
-            if guidance_scale > 0:
-                uncond = self.predict(latents, timestep, uncond_conditions, uncond_embedding, scale)
-                output = uncond + guidance_scale * (output - uncond)
-            return output
-
-        latents = denoise(
-            self,
-            self.scheduler,
-            predict,
-            latents,
-            timesteps,
-            generator,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-
-        # 6. Decode
-        if output_type == "latent":
-            images = latents
-        else:
-            images = self.decode(latents, modality, None if label_maps is None else arrays)
+        # 4. Make the images, and with fresh noise those again that fail the quality check
+        images, qualities, attempts = [None] * num_images, [None] * num_images, [0] * num_images
+        wanted = list(range(num_images))
+        while wanted:
+            rows = slice(None) if len(wanted) == num_images else wanted
+            generators = [generator[i] for i in wanted] if isinstance(generator, list) else generator
+            made = self.sample(
+                prepare_latents((len(wanted), *latent_shape[1:]), device, generators, latents),
+                num_inference_steps,
+                {name: values[rows] for name, values in conditions.items()},
+                None if embedding is None else embedding[rows],
+                {name: values[rows] for name, values in uncond_conditions.items()},
+                None if uncond_embedding is None else uncond_embedding[rows],
+                guidance_scale,
+                controlnet_conditioning_scale,
+                generators,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
+            for i, latent in zip(wanted, made.split(1)):
+                attempts[i] += 1
+                labels = None if arrays is None else arrays[i % len(arrays)]
+                images[i] = latent if output_type == "latent" else self.decode(latent, modality, labels)
+                if labels is not None and output_type != "latent":
+                    qualities[i] = self.check_quality(images[i][0, 0].cpu().numpy(), labels, modality)
+            is_final = attempts[wanted[0]] > quality_retries or latents is not None or self.interrupt
+            failed = [i for i in wanted if qualities[i] is not None and not qualities[i]["passed"]]
+            if is_final:
+                for i in failed:
+                    warnings.warn(f"image {i}: {describe_outliers(qualities[i], attempts[i])}", stacklevel=3)
+            wanted = [] if is_final else failed
+        images = torch.cat(images)
         self.maybe_free_model_hooks()
 
-        # 7. Output
+        # 5. Output
         labels = None if label_maps is None else [label_maps[i % len(label_maps)] for i in range(num_images)]
         if output_type == "nifti":
             affine = spacing_affine(spacing) if labels is None else labels[0].affine
@@ -744,10 +825,14 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         else:
             if labels is not None:
                 labels = np.stack([np.asarray(label_map.dataobj) for label_map in labels])
-                labels = labels if output_type == "np" else torch.from_numpy(labels)[:, None].to(latents.device)
+                labels = labels if output_type == "np" else torch.from_numpy(labels)[:, None].to(device)
             if output_type == "np":
                 images = images[:, 0].cpu().numpy()
 
+        reports = [
+            {"label_map": label_map, "quality": quality, "attempts": number}
+            for label_map, quality, number in zip(label_map_reports, qualities, attempts)
+        ]
         if not return_dict:
-            return (images, labels)
-        return MaisiCTPipelineOutput(images=images, labels=labels)
+            return (images, labels, reports)
+        return MaisiCTPipelineOutput(images=images, labels=labels, reports=reports)

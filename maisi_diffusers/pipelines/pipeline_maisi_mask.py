@@ -1,13 +1,17 @@
 """Label maps from anatomy sizes."""
 
+import math
 from collections.abc import Callable
+from dataclasses import asdict
 from numbers import Real
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..anatomy import CONTROLLABLE_ANATOMY, MASK_VAE_LABELS
+from ..anatomy import CONTROLLABLE_ANATOMY, LABELS, MASK_VAE_LABELS, TUMORS, anatomy_sizes, clean_up
+from ..anatomy.size_conditions import ABSENT
 from ..imaging import labels_to_nifti, spacing_affine
 from ..models import AutoencoderKLMaisi, MaisiUNet3DConditionModel
 from ..schedulers import MaisiRFlowScheduler
@@ -15,7 +19,6 @@ from ..schedulers.flow_solvers import set_timesteps
 from .denoising import check_sampling, denoise, prediction_type_of, prepare_latents
 from .pipeline_output import MaisiMaskPipelineOutput
 
-ABSENT = -1.0
 RFLOW_STEPS = 30
 
 
@@ -87,6 +90,8 @@ class MaisiMaskPipeline(DiffusionPipeline):
             not given.
         mask_num_inference_steps: the number of steps where a call gives none; if not given, 30 for rectified flow and
             as many as the scheduler was trained with for DDPM.
+        mask_size_ranges: name of a controllable anatomy -> its volumes in ml at size 0 and at size 1, between which
+            the size grows with the cube root of the volume; `None` if not known.
 
     Example:
 
@@ -111,6 +116,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
         mask_spacing: list[float] = [1.5, 1.5, 1.5],
         mask_prediction_type: str | None = None,
         mask_num_inference_steps: int | None = None,
+        mask_size_ranges: dict[str, list[float]] | None = None,
     ):
         super().__init__()
         self.register_modules(mask_vae=mask_vae, mask_unet=mask_unet, mask_scheduler=mask_scheduler)
@@ -119,6 +125,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
             mask_spacing=list(mask_spacing),
             mask_prediction_type=mask_prediction_type or prediction_type_of(mask_scheduler),
             mask_num_inference_steps=mask_num_inference_steps,
+            mask_size_ranges=mask_size_ranges,
         )
         self._interrupt = False
 
@@ -146,6 +153,35 @@ class MaisiMaskPipeline(DiffusionPipeline):
         latents = latents.to(self.mask_vae.dtype) / self.mask_vae.config.scaling_factor
         return table[self.mask_vae.decode_classes(latents).long()]
 
+    def finish(self, mask: np.ndarray, sizes: list[float], is_cleaned: bool) -> tuple[np.ndarray, dict]:
+        """
+        Clean a label map up, and say what it has become.
+
+        Args:
+            mask: uint8 (X, Y, Z) as it was decoded.
+            sizes: of [`CONTROLLABLE_ANATOMY`], as they were asked for.
+            is_cleaned: or leave it as it is.
+
+        Returns:
+            the label map, and its report, see [`MaisiMaskPipelineOutput`].
+        """
+        asked = {name: size for name, size in zip(CONTROLLABLE_ANATOMY, sizes) if size != ABSENT}
+        done = None
+        if is_cleaned:
+            tumor = next((LABELS[name] for name in asked if LABELS[name] in TUMORS), None)
+            mask, done = clean_up(mask, tumor)
+        spacing = self.config.mask_spacing
+        reached = None
+        if self.config.mask_size_ranges is not None:
+            reached = dict(zip(CONTROLLABLE_ANATOMY, anatomy_sizes(mask, spacing, self.config.mask_size_ranges)))
+        anatomy = {}
+        for name, size in asked.items():
+            ml = np.count_nonzero(mask == LABELS[name]) * math.prod(spacing) / 1000
+            anatomy[name] = {"asked": size, "ml": round(ml, 2)}
+            if reached is not None:
+                anatomy[name]["reached"] = reached[name]
+        return mask, {"anatomy": anatomy, "clean_up": None if done is None else asdict(done)}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -153,6 +189,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
         anatomy_size: list[float] | None = None,
         num_images: int = 1,
         num_inference_steps: int | None = None,
+        clean_up: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "nifti",
@@ -167,6 +204,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
             anatomy_size: the whole vector of 10 sizes instead.
             num_images: label maps to make.
             num_inference_steps: the model's own number if not given.
+            clean_up: put right what a generated label map gets wrong, see [`~maisi_diffusers.anatomy.clean_up`].
             generator: one, or one a label map, for the same result again.
             latents (N, C, X, Y, Z): the initial noise instead of drawing it.
             output_type: `"nifti"`, `"np"`, `"pt"` or `"latent"`.
@@ -222,14 +260,20 @@ class MaisiMaskPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
 
-        # 4. Decode
-        masks = latents if output_type == "latent" else self.decode(latents)
+        # 4. Decode and clean up
+        reports = None
+        if output_type == "latent":
+            masks = latents
+        else:
+            masks = self.decode(latents)[:, 0].cpu().numpy()
+            masks, reports = zip(*(self.finish(mask, sizes, clean_up) for mask in masks))
         self.maybe_free_model_hooks()
-        if output_type in ("nifti", "np"):
-            masks = masks[:, 0].cpu().numpy()
         if output_type == "nifti":
             masks = [labels_to_nifti(mask, spacing_affine(self.config.mask_spacing)) for mask in masks]
+        elif output_type != "latent":
+            masks = np.stack(masks)
+            masks = masks if output_type == "np" else torch.from_numpy(masks)[:, None].to(device)
 
         if not return_dict:
             return (masks,)
-        return MaisiMaskPipelineOutput(masks=masks)
+        return MaisiMaskPipelineOutput(masks=masks, reports=None if reports is None else list(reports))

@@ -29,6 +29,8 @@ SCALE = (0.9, 1.1)
 SHIFT = (-0.05, 0.05)
 MR_HIGH_PERCENTILE = 99.5
 
+AUGMENTATIONS = ("full", "crop", "none")
+
 
 class PatchDataset(torch.utils.data.Dataset):
     """
@@ -37,8 +39,9 @@ class PatchDataset(torch.utils.data.Dataset):
     Args:
         cases: entries whose `image` is a CT or MR volume.
         patch_size: voxels along X, Y, Z, one number or three, multiples of 4; None for whole volumes, padded to them.
-        augment: take patches at random places, zoom, turn and flip them and change their intensities, as published.
-            Without, the patch is the middle of the volume, and always the same.
+        augmentation: `"full"`, as published: take patches at random places, zoom, turn and flip them and change their
+            intensities; `"crop"`: take them at random places, and leave them as they are; `"none"`: the patch is the
+            middle of the volume, and always the same.
         seed: of all draws; `set_epoch` changes them.
         patches_per_case: items that each case gives to an epoch.
         cached_cases: how many cases are read once, now, and kept in memory, the first ones of the list. Each process
@@ -52,8 +55,8 @@ class PatchDataset(torch.utils.data.Dataset):
 
     Raises:
         FileNotFoundError: for a volume that does not exist.
-        ValueError: for a patch size that is no multiple of 4; for None with `augment`; for a volume that cannot be
-            read (see [`load_volume`]), once it is its turn.
+        ValueError: for a patch size that is no multiple of 4; for an augmentation that is none; for a size of None
+            with any but `"none"`; for a volume that cannot be read (see [`load_volume`]), once it is its turn.
     """
 
     source = "image"  # of a case
@@ -63,18 +66,20 @@ class PatchDataset(torch.utils.data.Dataset):
         self,
         cases: list[Case],
         patch_size: int | tuple[int, int, int] | None,
-        augment: bool,
+        augmentation: str,
         seed: int = 0,
         patches_per_case: int = 1,
         cached_cases: int = 0,
     ):
+        if augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation={augmentation!r} is unknown: use one of {', '.join(AUGMENTATIONS)}")
         if patch_size is not None:
             patch_size = (patch_size,) * 3 if isinstance(patch_size, int) else tuple(patch_size)
             if len(patch_size) != 3 or any(size <= 0 or size % MULTIPLE for size in patch_size):
                 raise ValueError(
                     f"patch_size={patch_size} is not allowed: give multiples of {MULTIPLE} voxels, one number or three"
                 )
-        elif augment:
+        elif augmentation != "none":
             raise ValueError(
                 f"patch_size=None takes whole volumes, which are not augmented: give multiples of {MULTIPLE}"
             )
@@ -92,7 +97,7 @@ class PatchDataset(torch.utils.data.Dataset):
             )
         self.cases = cases
         self.patch_size = patch_size
-        self.augment = augment
+        self.augmentation = augmentation
         self.seed = seed
         self.patches_per_case = patches_per_case
         with ThreadPoolExecutor() as pool:
@@ -110,10 +115,11 @@ class PatchDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         number = index // self.patches_per_case
         volume = self._cache[number] if number in self._cache else self.load(self.cases[number])
-        if self.augment:
+        if self.augmentation != "none":
             generator = case_generator(self.seed, int(self._epoch), index, "patch")
             place = torch.rand(3, generator=generator).tolist()
-            patch = self.draw_augmentation(generator).patch(volume, self.patch_size, place)
+            done = self.draw_augmentation(generator) if self.augmentation == "full" else Augmentation()
+            patch = done.patch(volume, self.patch_size, place)
         else:
             shape = volume.voxels.shape
             size = self.patch_size or tuple(-(-length // MULTIPLE) * MULTIPLE for length in shape)
@@ -135,8 +141,9 @@ class LabelPatchDataset(PatchDataset):
 
     Args:
         cases: entries with a `label`.
-        augment: take patches at random places, zoom and turn them a little. They are not mirrored nor turned by
-            quarters: that what is left is left and what is above is above helps to tell 125 labels by 4 channels.
+        augmentation: as [`PatchDataset`], but `"full"` takes patches at random places, and zooms and turns them a
+            little. They are not mirrored nor turned by quarters: that what is left is left and what is above is above
+            helps to tell 125 labels by 4 channels.
 
     Items, tensors that collate to a batch:
         labels (1, X, Y, Z) uint8: in RAS+, of [`MASK_VAE_LABELS`], kidney cysts as their kidney. Outside of the map

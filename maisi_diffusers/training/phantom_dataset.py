@@ -6,9 +6,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ..anatomy import labels_present, one_hot, regions_from_labels
+from ..anatomy import anatomy_sizes, labels_present, one_hot, regions_from_labels
 from ..files import write_atomically
-from ..phantom import Subject, anatomy_sizes, make_phantom, names_of_tumors
+from ..phantom import SIZE_RANGES, Subject, make_phantom, names_of_tumors
 from .data_list import Case
 
 # Where the fields of view are, and how often.
@@ -88,5 +88,5 @@ class PhantomDataset:
             bottom_region_index=one_hot(bottom),
             modality=MODALITIES[Subject.draw(seed).phase],
             fold=seed % self.num_folds,
-            organ_size=tuple(anatomy_sizes(labels, drawn["spacing"])),
+            organ_size=tuple(anatomy_sizes(labels, drawn["spacing"], SIZE_RANGES)),
         )

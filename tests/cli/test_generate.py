@@ -115,9 +115,18 @@ def test_json(base, tmp_path):
     assert first["quality"] == record["quality"] and first["skipped"] is False
 
 
-def test_quality_is_said(base):
-    result = run("generate", *base)
-    assert "warning: the median of liver is -" in result.stderr and "which should be -22 to 162" in result.stderr
+def test_quality_is_said(model, mask, tmp_path):
+    pipe = MaisiCTPipeline.from_pretrained(model)
+    pipe.register_to_config(quality_thresholds={"liver": [5000, 6000]})
+    pipe.save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--mask", mask, "--output", tmp_path / "out"]
+    for retries, attempts in ((), 3), (("--quality-retries", 1), 2):
+        result = run("generate", *options, *retries, "--force")
+        assert "warning: image 0: the median of liver is " in result.stderr
+        assert f"which should be 5000 to 6000 in the last of {attempts} attempts" in " ".join(result.stderr.split())
+        record = json.loads((tmp_path / "out" / "model_seed0.json").read_text())
+        assert record["attempts"] == attempts and record["quality"]["passed"] is False
+        assert record["label_map"] is None and len(record["warnings"]) == 1
 
 
 def looked_up(labels: Path) -> str:
@@ -142,7 +151,17 @@ def test_looked_up_label_map(model, tmp_path):
     options = ["--body-region", "chest", "--anatomy", "lung tumor", "--anatomy", "heart"]
     (image,) = run_json("generate", "--model", model, "--output", tmp_path, *options)["images"]
     assert looked_up(image["labels"]) == "chest/tumor"
-    assert json.loads(Path(image["record"]).read_text())["arguments"]["output_size"] == list(SIZE)
+    record = json.loads(Path(image["record"]).read_text())
+    assert record["arguments"]["output_size"] == list(SIZE)
+    assert record["label_map"]["file"] == "chest/tumor.nii.gz" and not record["label_map"]["tumors"][0]["is_moved"]
+    assert "lung tumor stays where it is" in record["warnings"][0]
+
+
+def test_a_label_map_as_it_is(model, tmp_path):
+    options = ["--model", model, "--output", tmp_path, "--anatomy", "hepatic tumor", "--body-region", "abdomen"]
+    (image,) = run_json("generate", *options, "--as-is")["images"]
+    assert looked_up(image["labels"]) == "abdomen/liver"
+    assert json.loads(Path(image["record"]).read_text())["label_map"]["tumors"] == []
 
 
 def test_generated_label_map(model, tmp_path):
@@ -252,8 +271,8 @@ BAD = {
         "no label map with prostate is among the 11 of the mask database",
     ),
     "no such size": (
-        ["--body-region", "chest", "--output-size", "64", "64", "64"],
-        "no label map in chest has --output-size (64, 64, 64) with --spacing (2, 2, 3); the nearest have --output-",
+        ["--body-region", "chest", "--output-size", "64", "64", "256"],
+        "no label map in chest is large enough for --output-size (64, 64, 256) with --spacing (2, 2, 3); the nearest",
     ),
     "size out of range": (["--size", "liver=2"], "the size 2.0 of 'liver' is not allowed: give 0 to 1"),
     "no controllable size": (["--size", "heart=0.5"], "'heart' has no controllable size: use one of gallbladder"),

@@ -168,8 +168,8 @@ CASES = {
     "tumor besides": ("database", {"body_region": ["head"], **GRID}, "hepatic tumor (1)", "add it to anatomy_list"),
     "no such grid": (
         "database",
-        {"body_region": ["chest"], "output_size": SIZE, "spacing": (1, 1, 1)},
-        "spacing=(1, 1, 1)",
+        {"body_region": ["chest"], "output_size": (24, 16, 160), "spacing": (2, 2, 3)},
+        "large enough for output_size=(24, 16, 160)",
         "output_size=(24, 16, 32) with spacing=(2, 2, 3) (2)",
     ),
     "default grid": ("database", {"body_region": ["chest"]}, "(512, 512, 512)", "give one of these"),

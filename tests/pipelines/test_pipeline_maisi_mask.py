@@ -1,6 +1,7 @@
 """Label maps from anatomy sizes, by DDPM and by rectified flow."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from maisi_diffusers import MaisiCTPipeline, MaisiMaskPipeline, MaisiRFlowScheduler
-from maisi_diffusers.anatomy import MASK_VAE_LABELS
+from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, MASK_VAE_LABELS, clean_up
 from tests.tiny import SPACING, make_pipeline, seeded
 
 SIZES = [0.5, 0.6, -1.0, 0.3, 0.4, -1.0, -1.0, 0.2, -1.0, -1.0]
@@ -28,7 +29,9 @@ def pipe(request):
 
 
 def call(pipe, seed=0, output_type="np", anatomy_size=SIZES, **kwargs):
-    return pipe(anatomy_size=anatomy_size, generator=seeded(seed), output_type=output_type, **kwargs).masks
+    """Label maps as they are decoded: of random weights nothing would be left by a clean-up."""
+    arguments = {"anatomy_size": anatomy_size, "output_type": output_type, "clean_up": False} | kwargs
+    return pipe(**arguments, generator=seeded(seed)).masks
 
 
 def test_output(pipe):
@@ -52,6 +55,58 @@ def test_label_maps_are_the_largest_logits(pipe):
         logits = pipe.mask_vae.decode(latents / pipe.mask_vae.config.scaling_factor).sample
     expected = torch.tensor(MASK_VAE_LABELS)[logits.argmax(1)]
     assert np.array_equal(call(pipe, num_images=2), expected)
+
+
+def decodes(monkeypatch, pipe, labels):
+    """Have a pipeline decode every latent to this label map."""
+    monkeypatch.setattr(pipe, "decode", lambda latents: torch.from_numpy(np.stack([[labels]] * len(latents))))
+
+
+@pytest.fixture
+def labels():
+    """A body with a liver, a tumor in it, and a stray piece of each."""
+    labels = np.zeros((16, 16, 24), dtype=np.uint8)
+    labels[1:15, 1:15, 1:23] = 200
+    labels[3:9, 3:9, 3:9] = LABELS["liver"]
+    labels[5:7, 5:7, 5:7] = LABELS["hepatic tumor"]
+    labels[12:14, 12:14, 12:14] = LABELS["liver"]
+    labels[12, 12, 20] = LABELS["hepatic tumor"]
+    return labels
+
+
+@pytest.mark.parametrize("output_type", ["nifti", "np", "pt"])
+def test_clean_up_and_report(monkeypatch, labels, output_type):
+    ranges = dict.fromkeys(CONTROLLABLE_ANATOMY, [1.0, 64.0])
+    pipe = make_mask_pipeline("rflow", mask_size_ranges=ranges, mask_num_inference_steps=1)
+    decodes(monkeypatch, pipe, labels)
+    sizes = [("liver", 0.4), ("hepatic tumor", 0.3), ("stomach", 0.5)]
+    out = pipe(sizes, num_images=2, generator=seeded(), output_type=output_type)
+    masks = [np.asarray(mask.dataobj if output_type == "nifti" else mask).squeeze() for mask in out.masks]
+    assert len(masks) == len(out.reports) == 2
+    clean, report = clean_up(labels, LABELS["hepatic tumor"])
+    assert all(mask.dtype == np.uint8 and np.array_equal(mask, clean) for mask in masks)
+    assert out.reports[0]["clean_up"] == asdict(report) and report.organ_pieces == {LABELS["liver"]: 8}
+    voxel = 6 * 6 * 4 / 1000
+    anatomy = out.reports[0]["anatomy"]
+    assert anatomy["hepatic tumor"] == {"asked": 0.3, "ml": pytest.approx(8 * voxel, abs=0.01), "reached": 0.0161}
+    assert anatomy["liver"]["ml"] == pytest.approx(208 * voxel, abs=0.01)
+    assert anatomy["stomach"] == {"asked": 0.5, "ml": 0.0, "reached": -1.0}
+    json.dumps(out.reports)
+
+
+def test_a_tumor_not_asked_for_goes(monkeypatch, labels):
+    pipe = make_mask_pipeline("rflow", mask_num_inference_steps=1)
+    decodes(monkeypatch, pipe, labels)
+    out = pipe([("liver", 0.4)], generator=seeded(), output_type="np")
+    assert LABELS["hepatic tumor"] not in out.masks
+    assert set(out.reports[0]["anatomy"]["liver"]) == {"asked", "ml"}  # how sizes are measured is not known
+
+
+def test_without_clean_up(monkeypatch, labels):
+    pipe = make_mask_pipeline("rflow", mask_num_inference_steps=1)
+    decodes(monkeypatch, pipe, labels)
+    out = pipe([("liver", 0.4)], clean_up=False, generator=seeded(), output_type="np")
+    assert np.array_equal(out.masks[0], labels) and out.reports[0]["clean_up"] is None
 
 
 @pytest.mark.parametrize(
@@ -114,9 +169,10 @@ def test_in_a_ct_pipeline(kind, tmp_path):
     for one in (pipe, masks):
         one.set_progress_bar_config(disable=True)
         assert one.config.mask_prediction_type == ("epsilon" if kind == "ddpm" else "flow_prediction")
-    (mask,) = call(masks)
+    (mask,) = call(masks, clean_up=True)
     assert masks.num_timesteps == 2
-    (made,) = pipe.generate_masks(None, SIZES, 1, seeded(), mask.shape, SPACING)
+    (made,), reports = pipe.generate_masks(None, SIZES, 1, seeded(), mask.shape, SPACING)
+    assert len(reports) == 1
     assert np.array_equal(made.dataobj, mask)
 
 

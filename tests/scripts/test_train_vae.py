@@ -58,7 +58,7 @@ def test_validation(trained, volumes):
     """L1 and PSNR of the middle of the held-out volumes, decoded from the posterior's mean."""
     vae = AutoencoderKLMaisi.from_pretrained(trained)
     _, held_out = split_fold(read_data_list(volumes / "list.json").cases, 0)
-    dataset = PatchDataset(held_out, 24, augment=False)
+    dataset = PatchDataset(held_out, 24, augmentation="none")
     errors = []
     for i in range(len(dataset)):
         image = dataset[i]["image"][None]
@@ -98,7 +98,7 @@ def test_without_discriminator(train_vae, volumes, tmp_path):
 
 
 def test_new_vae_and_old_discriminator(train_vae, volumes, trained, tmp_path):
-    new = ["--vae_config_name_or_path", volumes / "vae" / "config.json", "--no_augmentation"]
+    new = ["--vae_config_name_or_path", volumes / "vae" / "config.json", "--augmentation", "none"]
     old = ["--discriminator_model_name_or_path", trained / "discriminator"]
     options = ["--patch_size", 24, "--max_train_steps", 1, "--learning_rate", 1e-12]
     run(train_vae, *on_volumes(volumes, tmp_path, *new, *old, *options))
@@ -117,11 +117,11 @@ def test_discriminator_learns_from_its_own_loss_alone(train_vae, volumes, traine
         "--discriminator_model_name_or_path",
         trained / "discriminator",
     ]
-    options = ["--no_augmentation", "--patch_size", 24, "--train_batch_size", 4, "--max_train_steps", 1]
+    options = ["--augmentation", "none", "--patch_size", 24, "--train_batch_size", 4, "--max_train_steps", 1]
     run(train_vae, *on_volumes(volumes, tmp_path, *source, *options, "--adversarial_weight", 1000))
 
     cases, _ = split_fold(read_data_list(volumes / "list.json").cases, 0)
-    dataset = PatchDataset(cases, 24, augment=False)
+    dataset = PatchDataset(cases, 24, augmentation="none")
     image = torch.stack([dataset[i]["image"] for i in range(4)])
     with torch.no_grad():
         vae = AutoencoderKLMaisi.from_pretrained(volumes / "vae")
@@ -143,7 +143,7 @@ def test_discriminator_learns_from_its_own_loss_alone(train_vae, volumes, traine
 
 def test_it_learns(train_vae, volumes, tmp_path):
     """Without augmentation, the error of what it sees falls."""
-    vae = ["--vae_model_name_or_path", volumes / "vae", "--no_augmentation", "--adversarial_weight", 0]
+    vae = ["--vae_model_name_or_path", volumes / "vae", "--augmentation", "none", "--adversarial_weight", 0]
     options = ["--patch_size", 16, "--max_train_steps", 15, "--train_batch_size", 4, "--learning_rate", 3e-3]
     run(train_vae, *on_volumes(volumes, tmp_path, *vae, *options))
     losses = [line["reconstruction_loss"] for line in read_log(tmp_path / "log.jsonl")]
@@ -189,7 +189,7 @@ def test_validation_of_a_mask_vae(mask_vae, label_maps):
     """Dice of the labels that the middle of a held-out map has, and accuracy, decoded from the posterior's mean."""
     vae = AutoencoderKLMaisi.from_pretrained(mask_vae)
     _, held_out = split_fold(read_data_list(label_maps / "list.json").cases, 0)
-    dataset = LabelPatchDataset(held_out, 16, augment=False)
+    dataset = LabelPatchDataset(held_out, 16, augmentation="none")
     accuracies, scores = [], []
     for i in range(len(dataset)):
         labels = dataset[i]["labels"]
@@ -214,7 +214,7 @@ def test_mask_vae_interrupted(train_vae, label_maps, mask_vae, tmp_path):
 
 
 def test_weights_of_a_mask_vae(train_vae, label_maps, tmp_path):
-    options = ["--patch_size", 16, "--max_train_steps", 1, "--class_balance", 0, "--no_augmentation"]
+    options = ["--patch_size", 16, "--max_train_steps", 1, "--class_balance", 0, "--augmentation", "none"]
     weights = ["--cross_entropy_weight", 0.5, "--dice_weight", 2, "--kl_weight", 1e-3]
     run(train_vae, *on_label_maps(label_maps, tmp_path, *options, *weights))
     (line,) = read_log(tmp_path / "log.jsonl")

@@ -45,7 +45,7 @@ def unique():
 
 
 def test_items_are_patches_of_the_right_kind(cases):
-    dataset = PatchDataset(cases, (12, 16, 8), augment=True, patches_per_case=2)
+    dataset = PatchDataset(cases, (12, 16, 8), augmentation="full", patches_per_case=2)
     assert len(dataset) == 6
     for index, item in enumerate(dataset[i] for i in range(6)):
         assert item["image"].shape == (1, 12, 16, 8) and item["image"].dtype == torch.float32
@@ -53,9 +53,9 @@ def test_items_are_patches_of_the_right_kind(cases):
 
 
 def test_items_depend_on_seed_epoch_and_index_alone(cases):
-    dataset = PatchDataset(cases, 12, augment=True, seed=5, patches_per_case=2)
+    dataset = PatchDataset(cases, 12, augmentation="full", seed=5, patches_per_case=2)
     first = [dataset[i]["image"] for i in range(6)]
-    cached = PatchDataset(cases, 12, augment=True, seed=5, patches_per_case=2, cached_cases=2)
+    cached = PatchDataset(cases, 12, augmentation="full", seed=5, patches_per_case=2, cached_cases=2)
     for i in (4, 0, 5, 1, 3, 2):
         assert torch.equal(cached[i]["image"], first[i])
     assert not torch.equal(first[0], first[1])
@@ -63,11 +63,11 @@ def test_items_depend_on_seed_epoch_and_index_alone(cases):
     assert not torch.equal(dataset[0]["image"], first[0])
     dataset.set_epoch(0)
     assert torch.equal(dataset[0]["image"], first[0])
-    assert not torch.equal(PatchDataset(cases, 12, augment=True, seed=6)[0]["image"], first[0])
+    assert not torch.equal(PatchDataset(cases, 12, augmentation="full", seed=6)[0]["image"], first[0])
 
 
 def test_workers_that_outlive_an_epoch_draw_anew(cases):
-    dataset = PatchDataset(cases, 12, augment=True)
+    dataset = PatchDataset(cases, 12, augmentation="full")
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True)
     for epoch in range(2):
         dataset.set_epoch(epoch)
@@ -76,7 +76,7 @@ def test_workers_that_outlive_an_epoch_draw_anew(cases):
 
 
 def test_cached_volumes_are_not_read_again(cases):
-    dataset = PatchDataset(cases, 12, augment=True, patches_per_case=2, cached_cases=2)
+    dataset = PatchDataset(cases, 12, augmentation="full", patches_per_case=2, cached_cases=2)
     for case in cases:
         case.image.unlink()
     for i in range(4):
@@ -102,7 +102,7 @@ def test_volumes_come_to_ras_from_any_orientation_and_byte_order(tmp_path):
 def test_intensities_as_published(tmp_path, modality):
     voxels = np.random.default_rng(0).gamma(2.0, 300.0, SHAPE).astype(np.float32) - 1200
     case = Case(save(tmp_path / "image.nii", voxels), modality=modality)
-    image = PatchDataset([case], None, augment=False)[0]["image"]
+    image = PatchDataset([case], None, augmentation="none")[0]["image"]
     if modality == "ct":
         expected = torch.from_numpy(((voxels + 1000) / 2000).clip(0, 1))
         assert image.min() == 0 and image.max() == 1
@@ -114,12 +114,12 @@ def test_intensities_as_published(tmp_path, modality):
 
 def test_mr_of_one_value_is_all_zero(tmp_path):
     case = Case(save(tmp_path / "image.nii", np.full((8, 8, 8), 7, np.int16)), modality="mri")
-    assert not PatchDataset([case], 8, augment=False)[0]["image"].any()
+    assert not PatchDataset([case], 8, augmentation="none")[0]["image"].any()
 
 
 @pytest.mark.parametrize("patch_size", [None, (12, 36, 12), 20])
 def test_validation_takes_the_middle_or_the_whole_as_published(cases, patch_size):
-    dataset = PatchDataset(cases, patch_size, augment=False, cached_cases=1)
+    dataset = PatchDataset(cases, patch_size, augmentation="none", cached_cases=1)
     intensities = (nib.load(cases[0].image).get_fdata()[None] + 1000) / 2000
     published = DivisiblePad(4) if patch_size is None else ResizeWithPadOrCrop(dataset.patch_size)
     expected = torch.as_tensor(published(intensities), dtype=torch.float32)
@@ -149,13 +149,13 @@ def test_refused_patch_sizes(cases, patch_size, augment, message):
 def test_refused_files_are_named(cases, tmp_path):
     cases.append(Case(tmp_path / "none.nii.gz"))
     with pytest.raises(FileNotFoundError, match=r"1 of the 4 images do not exist, '.*none.nii.gz' first"):
-        PatchDataset(cases, 12, augment=True)
+        PatchDataset(cases, 12, augmentation="full")
     cases[3].image.write_bytes(cases[0].image.read_bytes()[:9000])
-    dataset = PatchDataset(cases, 12, augment=True)
+    dataset = PatchDataset(cases, 12, augmentation="full")
     with pytest.raises(ValueError, match="none.nii.gz.* is damaged or cut short"):
         dataset[3]
     with pytest.raises(ValueError, match="none.nii.gz"):
-        PatchDataset(cases, 12, augment=True, cached_cases=4)
+        PatchDataset(cases, 12, augmentation="full", cached_cases=4)
 
 
 # Augmentation
@@ -292,7 +292,7 @@ def labelled(tmp_path):
 
 
 def test_patches_of_label_maps(labelled):
-    dataset = LabelPatchDataset(labelled, (12, 16, 8), augment=True, patches_per_case=40, cached_cases=1)
+    dataset = LabelPatchDataset(labelled, (12, 16, 8), augmentation="full", patches_per_case=40, cached_cases=1)
     seen = set()
     for index in range(len(dataset)):
         item = dataset[index]
@@ -312,10 +312,10 @@ def test_label_maps_stay_upright():
 
 
 def test_middle_of_a_label_map(labelled):
-    dataset = LabelPatchDataset(labelled, (12, 16, 8), augment=False)
+    dataset = LabelPatchDataset(labelled, (12, 16, 8), augmentation="none")
     expected = np.asarray(nib.load(labelled[0].label).dataobj)[6:18, :, 12:20]
     assert np.array_equal(dataset[0]["labels"][0], expected)
-    whole = LabelPatchDataset(labelled, None, augment=False)[0]["labels"]
+    whole = LabelPatchDataset(labelled, None, augmentation="none")[0]["labels"]
     assert np.array_equal(whole[0], nib.load(labelled[0].label).dataobj)
 
 
@@ -327,7 +327,7 @@ def test_zoomed_labels_are_the_nearest():
 
 def test_label_maps_that_are_none(labelled, tmp_path):
     with pytest.raises(ValueError, match=r"1 of the 4 cases have no label, that of '.*none.nii.gz' first"):
-        LabelPatchDataset([*labelled, Case(tmp_path / "none.nii.gz")], 12, augment=True)
+        LabelPatchDataset([*labelled, Case(tmp_path / "none.nii.gz")], 12, augmentation="full")
     labelled[2].label.unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of the 3 labels do not exist, '.*2_label.nii.gz' first"):
-        LabelPatchDataset(labelled, 12, augment=True)
+        LabelPatchDataset(labelled, 12, augmentation="full")

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS
-from maisi_diffusers.phantom import anatomy_sizes
-from maisi_diffusers.phantom.sizes import SIZE_RANGES
+from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, anatomy_sizes
+from maisi_diffusers.phantom import SIZE_RANGES
+
+SPACING = (3.0, 3.0, 3.0)
 
 
 def label_map(**ml):
@@ -19,11 +20,13 @@ def label_map(**ml):
 
 
 def test_what_is_not_there_is_absent():
-    assert anatomy_sizes(label_map(), (3.0, 3.0, 3.0)) == [-1.0] * 10
+    assert anatomy_sizes(label_map(), SPACING, SIZE_RANGES) == [-1.0] * 10
 
 
 def test_range_and_order():
-    sizes = anatomy_sizes(label_map(liver=SIZE_RANGES["liver"][1], hepatic_tumor=0.6, colon=100.0), (3.0, 3.0, 3.0))
+    sizes = anatomy_sizes(
+        label_map(liver=SIZE_RANGES["liver"][1], hepatic_tumor=0.6, colon=100.0), SPACING, SIZE_RANGES
+    )
     by_name = dict(zip(CONTROLLABLE_ANATOMY, sizes))
     assert by_name["liver"] == pytest.approx(1.0, abs=1e-3)
     assert by_name["colon"] == 0.0  # smaller than the smallest, yet there
@@ -34,7 +37,7 @@ def test_range_and_order():
 def test_size_is_linear_in_the_diameter_of_a_tumor():
     diameters = np.array([20.0, 35.0, 50.0])
     sizes = [
-        anatomy_sizes(label_map(lung_tumor=np.pi / 6 * (d / 10) ** 3), (3.0, 3.0, 3.0))[
+        anatomy_sizes(label_map(lung_tumor=np.pi / 6 * (d / 10) ** 3), SPACING, SIZE_RANGES)[
             CONTROLLABLE_ANATOMY.index("lung tumor")
         ]
         for d in diameters

@@ -1,0 +1,31 @@
+"""How large the controllable organs and tumors of a label map are, as a mask model is told."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .size_conditions import ABSENT
+from .vocabulary import CONTROLLABLE_ANATOMY, LABELS
+
+
+def anatomy_sizes(labels: np.ndarray, spacing: Sequence[float], ranges: Mapping[str, Sequence[float]]) -> list[float]:
+    """
+    Sizes of the organs and tumors of [`CONTROLLABLE_ANATOMY`] in a label map.
+
+    Args:
+        labels: (X, Y, Z) in MAISI's vocabulary.
+        spacing: mm along X, Y, Z.
+        ranges: name -> volumes in ml that are size 0 and size 1. Between them the size grows with the cube root of the
+            volume; volumes beyond are 0 and 1.
+
+    Returns:
+        10 numbers, 0 to 1, or -1 for what is not there.
+    """
+    voxels = np.bincount(labels.ravel(), minlength=256)
+    ml = voxels * float(np.prod(spacing)) / 1000
+    sizes = []
+    for name in CONTROLLABLE_ANATOMY:
+        low, high = np.cbrt(ranges[name])
+        size = float(np.clip((np.cbrt(ml[LABELS[name]]) - low) / (high - low), 0, 1))
+        sizes.append(round(size, 4) if voxels[LABELS[name]] else ABSENT)
+    return sizes

@@ -1,0 +1,164 @@
+"""Variants of label maps: zoomed, or with a tumor that is elsewhere in its organ."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from maisi_diffusers.anatomy import BODY, LABELS, TUMORS, augment, label_name
+from maisi_diffusers.anatomy.augmentation import RANGES, deform, move_tumor, zoom
+from maisi_diffusers.phantom import make_phantom
+from tests.tiny import seeded
+
+SPACING = (4.0, 4.0, 4.0)
+REGION_OF = {"lung tumor": ("chest",), "bone lesion": ("chest",)}
+
+
+@pytest.fixture(scope="module")
+def label_maps():
+    """Tumor -> a phantom's label map that has it."""
+    maps = {}
+    for tumor in TUMORS:
+        name = label_name(tumor)
+        region = REGION_OF.get(name, ("abdomen",))
+        phantom = make_phantom(7, region, (96, 96, 64), SPACING, tumor=name, tumor_diameter=28)
+        maps[tumor] = np.asarray(phantom.labels.dataobj)
+        assert (maps[tumor] == tumor).sum() > 30, name
+    return maps
+
+
+def check_moved(before, after, outcome):
+    """The tumor is in its closed organ, large enough, and nothing else has changed but what it left and took."""
+    tumor, organs = outcome.tumor, TUMORS[outcome.tumor]
+    was, is_now = before == tumor, after == tumor
+    changed = before != after
+    assert set(np.unique(before[is_now])) <= {tumor, BODY, *organs}
+    assert set(np.unique(after[was & ~is_now])) <= {BODY, *organs}
+    assert not (changed & ~was & ~is_now).any()
+    organ = np.isin(before, [tumor, *organs])
+    closed = ndimage.binary_closing(np.pad(organ, 3), np.ones((5, 5, 5)))[3:-3, 3:-3, 3:-3] | organ
+    assert not (is_now & ~closed).any()
+    assert outcome.share == pytest.approx(is_now.sum() / was.sum())
+    assert outcome.share >= (0.75 if outcome.is_moved else 1)
+    assert outcome.tries <= 60
+    if not outcome.is_moved:
+        assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("tumor", TUMORS, ids=label_name)
+def test_a_tumor_elsewhere_in_its_organ(label_maps, tumor):
+    labels, moved = label_maps[tumor], 0
+    before = labels.copy()
+    for seed in range(6):
+        after, (outcome,) = augment(labels, SPACING, seeded(seed))
+        check_moved(labels, after, outcome)
+        moved += outcome.is_moved and not np.array_equal(after, labels)
+    assert np.array_equal(labels, before)
+    assert moved >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tumor", TUMORS, ids=label_name)
+def test_fifty_seeds(tumor):
+    name = label_name(tumor)
+    moved = 0
+    for seed in range(50):
+        region = REGION_OF.get(name, ("abdomen",))
+        phantom = make_phantom(seed, region, (80, 64, 64), (5.0,) * 3, tumor=name, tumor_diameter=25 + seed % 20)
+        labels = np.asarray(phantom.labels.dataobj)
+        if not (labels == tumor).any():
+            continue
+        after, (outcome,) = augment(labels, (5.0,) * 3, seeded(seed))
+        check_moved(labels, after, outcome)
+        moved += outcome.is_moved
+    assert moved >= 30
+
+
+def test_seeds(label_maps):
+    labels = label_maps[LABELS["hepatic tumor"]]
+    first, same, other = (augment(labels, SPACING, seeded(seed))[0] for seed in (0, 0, 1))
+    assert np.array_equal(first, same) and not np.array_equal(first, other)
+    generator = seeded(0)
+    assert not np.array_equal(augment(labels, SPACING, generator)[0], augment(labels, SPACING, generator)[0])
+    augment(labels, SPACING)  # without a generator
+
+
+def test_the_spacing_counts():
+    """Ranges are in mm: on a grid twice as fine a tumor goes twice as many voxels."""
+    far = []
+    for mm, n in ((4.0, 40), (2.0, 80)):
+        is_tumor = np.zeros((n, n, n), dtype=bool)
+        middle = slice(int(0.4 * n), int(0.6 * n))
+        is_tumor[middle, middle, middle] = True
+        moved = deform(is_tumor, (mm,) * 3, RANGES[LABELS["hepatic tumor"]], np.random.default_rng(3))
+        assert moved.mean() == pytest.approx(is_tumor.mean(), rel=0.7)
+        far.append((np.argwhere(moved).mean(0) - np.argwhere(is_tumor).mean(0)) * mm)
+    assert np.linalg.norm(far[0]) > 3
+    np.testing.assert_allclose(far[0], far[1], atol=1.0)
+
+
+def test_nowhere_to_go():
+    """An organ that its tumor fills, with other organs all around: it stays, and the tries are bounded."""
+    labels = np.full((40, 40, 40), LABELS["stomach"], dtype=np.uint8)
+    labels[18:21, 18:21, 18:21] = LABELS["pancreatic tumor"]
+    labels[21, 18:21, 18:21] = LABELS["pancreas"]
+    after, (outcome,) = augment(labels, (4.0,) * 3, seeded())
+    assert np.array_equal(after, labels)
+    assert not outcome.is_moved and outcome.tries == 60 and outcome.share == 1
+
+
+def test_a_tumor_at_the_edge_of_the_volume():
+    labels = np.full((24, 24, 24), LABELS["liver"], dtype=np.uint8)
+    labels[:6, :6, :6] = LABELS["hepatic tumor"]
+    for seed in range(5):
+        after, (outcome,) = augment(labels, (3.0,) * 3, seeded(seed))
+        check_moved(labels, after, outcome)
+
+
+def test_a_new_tumor_of_a_fine_tuned_model():
+    labels = np.full((40, 40, 40), LABELS["left kidney"], dtype=np.uint8)
+    labels[16:22, 16:22, 16:22] = 129
+    after, (outcome,) = augment(labels, (3.0,) * 3, seeded(), {**TUMORS, 129: (LABELS["left kidney"],)})
+    assert outcome.is_moved and outcome.tumor == 129 and not np.array_equal(after, labels)
+    assert set(np.unique(after)) == {129, LABELS["left kidney"]}
+
+
+def test_all_tumors_of_a_label_map():
+    labels = np.full((60, 40, 40), LABELS["liver"], dtype=np.uint8)
+    labels[30:] = LABELS["left lung upper lobe"]
+    labels[12:18, 17:23, 17:23] = LABELS["hepatic tumor"]
+    labels[42:48, 17:23, 17:23] = LABELS["lung tumor"]
+    after, outcomes = augment(labels, (3.0,) * 3, seeded())
+    assert {outcome.tumor for outcome in outcomes} == {LABELS["hepatic tumor"], LABELS["lung tumor"]}
+    assert (after[:30] != LABELS["lung tumor"]).all() and (after[30:] != LABELS["hepatic tumor"]).all()
+
+
+def test_zoom_without_a_tumor():
+    labels = np.asarray(make_phantom(2, ("abdomen",), (200, 200, 24), (2.0, 2.0, 4.0)).labels.dataobj)
+    factors = set()
+    for seed in range(4):
+        after, outcomes = augment(labels, SPACING, seeded(seed))
+        assert outcomes == [] and after.shape == labels.shape and after.dtype == np.uint8
+        assert set(np.unique(after)) <= set(np.unique(labels)) | {0}
+        assert np.mean(after != labels) < 0.06
+        factors.add(after.tobytes())
+    assert len(factors) > 1
+
+
+def test_zoom():
+    labels = np.zeros((40, 41, 42), dtype=np.uint8)
+    labels[10:30, 10:30, 10:30] = 1
+    assert np.array_equal(zoom(labels, 1.0), labels)
+    assert (zoom(labels, 1.5) == 1).sum() == pytest.approx(20**3 * 1.5**3, rel=0.1)
+    small = zoom(np.ones_like(labels), 0.5)
+    assert small[0, 0, 0] == 0 and small[20, 20, 20] == 1
+    np.testing.assert_allclose(np.argwhere(small).mean(0), (np.array(small.shape) - 1) / 2, atol=0.5)
+
+
+def test_any_device_that_draws_random_numbers():
+    labels = np.full((24, 24, 24), LABELS["liver"], dtype=np.uint8)
+    labels[9:14, 9:14, 9:14] = LABELS["hepatic tumor"]
+    assert move_tumor(labels, LABELS["hepatic tumor"], (3.0,) * 3, np.random.default_rng(0), (1,))[1].is_moved
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        augment(labels, (3.0,) * 3, torch.Generator(device).manual_seed(0))
