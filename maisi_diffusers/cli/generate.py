@@ -60,6 +60,10 @@ def generate(
             help="Take a label map of the database as it is, and make no variant of it.",
         ),
     ] = False,
+    keep_only_anatomy: Annotated[
+        bool,
+        option(ANATOMY, "--keep-only-anatomy", help="Labels of nothing but --anatomy or --size; the image is of all."),
+    ] = False,
     image_only: Annotated[bool, option(ANATOMY, "--image-only", help="An image without a label map.")] = False,
     modality: Annotated[
         str | None, option(ANATOMY, metavar="NAME", help="ct, ct_contrast, mri_t1, ...; the model's own if not given.")
@@ -211,6 +215,7 @@ def generate(
         "restore_grid": restore_grid or None,
         "augment_mask": False if as_is else None,
         "quality_retries": quality_retries,
+        "keep_only_anatomy_list": keep_only_anatomy or None,
     }
     # What is not asked for is the pipeline's to choose.
     request = {argument: value for argument, value in request.items() if value is not None}

@@ -20,6 +20,7 @@ OPTIONS = {
     "restore_grid": "--restore-grid",
     "augment_mask": "--as-is",
     "quality_retries": "--quality-retries",
+    "keep_only_anatomy_list": "--keep-only-anatomy",
 }
 """Argument -> option."""
 

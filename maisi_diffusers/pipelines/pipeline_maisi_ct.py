@@ -29,6 +29,7 @@ from ..anatomy import (
     load_label_map,
     new_vocabulary,
     one_hot,
+    region_of_word,
     regions_from_labels,
     regions_from_words,
     remove_tumors,
@@ -56,6 +57,7 @@ from .denoising import check_sampling, denoise, prediction_type_of, prepare_late
 from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid
 from .pipeline_maisi_mask import MaisiMaskPipeline, anatomy_size_vector
 from .pipeline_output import MaisiCTPipelineOutput
+from .recommended_grids import describe_unusual_fov, recommended_grid
 
 logger = logging.get_logger(__name__)
 
@@ -342,6 +344,48 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             raise ValueError(
                 f"controlnet_conditioning_scale={controlnet_conditioning_scale} is not allowed: give a number"
             )
+
+    def choose_grid(
+        self,
+        body_region: list[str] | None,
+        output_size: tuple[int, int, int] | None,
+        spacing: tuple[float, float, float] | None,
+    ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
+        """
+        Size and spacing of what is made without the user's label map. What was not given is that of the published
+        model's training data for the region, else the model's own; one of both keeps the field of view of these.
+        """
+        grid = (self.config.default_output_size or DEFAULT_SIZE, self.config.default_spacing or DEFAULT_SPACING)
+        if body_region and self.config.input_rules == CT_RULES:
+            grid = recommended_grid(map(region_of_word, body_region)) or grid
+        if output_size is None and spacing is None:
+            output_size, spacing = grid
+        elif output_size is None or spacing is None:
+            output_size, spacing = fit_grid(*grid, output_size, spacing, self.size_multiple, self.config.input_rules)
+        return tuple(output_size), tuple(spacing)
+
+    def warn_of_unusual_fov(
+        self,
+        label_maps: list[nib.Nifti1Image] | None,
+        body_region: list[str] | None,
+        output_size: tuple[int, int, int],
+        spacing: tuple[float, float, float],
+    ) -> None:
+        """Warn where the published model has seen no such field of view of these regions."""
+        if self.config.input_rules != CT_RULES:
+            return
+        if body_region:
+            regions = {region_of_word(word) for word in body_region}
+        elif label_maps is not None:
+            try:
+                top, bottom = regions_from_labels(labels_present(np.asarray(label_maps[0].dataobj)))
+            except ValueError:  # no label tells
+                return
+            regions = set(range(top, bottom + 1))
+        else:
+            return
+        if message := describe_unusual_fov(regions, output_size, spacing):
+            warnings.warn(message, stacklevel=3)
 
     def prepare_mask(
         self,
@@ -653,6 +697,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         restore_grid: bool = False,
         augment_mask: bool = True,
         quality_retries: int = 2,
+        keep_only_anatomy_list: bool = False,
     ) -> MaisiCTPipelineOutput | tuple:
         r"""
         Args:
@@ -665,10 +710,9 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             mask: the user's own label map: path or nibabel image, integers, any orientation and affine.
             image_only: no label map and no ControlNet.
             output_size: voxels along X, Y, Z; if not given, with `mask` the nearest allowed grid with its field of
-                view, otherwise the model's own or 512 x 512 x 512. A label map that is looked up has this size and
-                spacing, or is the nearest that is resampled to them.
-            spacing: mm along X, Y, Z; with `mask` what keeps its field of view if not given, otherwise the model's own
-                or 1 mm.
+                view, otherwise what suits the region (published model) or is the model's own. A label map that is
+                looked up has this size and spacing, or is the nearest that is resampled to them.
+            spacing: mm along X, Y, Z; if not given, what keeps that field of view.
             modality: name or code, e.g. `"ct"`, `"ct_contrast"`, `"t1"`; the model's own if not given.
             num_images: images to make, all at once.
             num_inference_steps: as many as the model was released with if not given.
@@ -691,6 +735,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             quality_retries: how many times an image that fails [`check_quality`] is made again with fresh noise,
                 before the last one is taken as it is (published: 2). Images without a label map, of MR and as latents
                 are not checked; those of your own `latents` are not made again.
+            keep_only_anatomy_list: return labels of nothing but `anatomy_list` or the names in
+                `controllable_anatomy_size`. The image is made of all.
 
         Raises:
             FileNotFoundError: a file that is not there.
@@ -722,16 +768,18 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         )
         if not isinstance(quality_retries, Integral) or quality_retries < 0:
             raise ValueError(f"quality_retries={quality_retries!r} is not allowed: give a whole number, 0 or more")
+        kept = [*(anatomy_list or []), *(name for name, size in controllable_anatomy_size or [] if size >= 0)]
+        if keep_only_anatomy_list and not kept:
+            raise ValueError(
+                "keep_only_anatomy_list=True keeps the labels of anatomy_list or controllable_anatomy_size, and there "
+                "is neither: give one, or leave it out"
+            )
         label_maps = regions = None
         if mask is not None:
             label_maps = [self.prepare_mask(mask, mask_vocabulary, body_image, output_size, spacing)]
             output_size, spacing = label_maps[0].shape, spacing_of(label_maps[0])
         else:
-            if output_size is None:
-                output_size = self.config.default_output_size or DEFAULT_SIZE
-            if spacing is None:
-                spacing = self.config.default_spacing or DEFAULT_SPACING
-            output_size, spacing = tuple(output_size), tuple(spacing)
+            output_size, spacing = self.choose_grid(body_region, output_size, spacing)
             check_grid(output_size, spacing, self.size_multiple, self.config.input_rules)
         ratio = self.vae.spatial_compression_ratio
         latent_shape = (num_images, self.unet.config.in_channels, *(size // ratio for size in output_size))
@@ -757,6 +805,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             label_maps, regions, label_map_reports = self.look_up_masks(
                 body_region, anatomy_list, num_images, generator, output_size, spacing, augment_mask
             )
+
+        self.warn_of_unusual_fov(label_maps, body_region, output_size, spacing)
 
         # 3. Prepare conditions
         device = self._execution_device
@@ -807,6 +857,12 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
 
         # 5. Output
+        if keep_only_anatomy_list:
+            indices = [label_index(name, self.vocabulary) for name in kept]
+            label_maps = [
+                labels_to_nifti(np.where(np.isin(array, indices), array, 0), label_map.affine)
+                for array, label_map in zip(arrays, label_maps)
+            ]
         labels = None if label_maps is None else [label_maps[i % len(label_maps)] for i in range(num_images)]
         if output_type == "nifti":
             affine = spacing_affine(spacing) if labels is None else labels[0].affine

@@ -175,9 +175,9 @@ def test_default_grid(folder, masks_only):
     pipe.register_to_config(default_output_size=list(SIZE), default_spacing=list(SPACING))
     label_maps, conditions = masks_only(pipe, anatomy_list=["lung tumor"])
     assert looked_up(label_maps[0]) == "chest/tumor" and conditions["spacing"].tolist() == [[200, 200, 300]]
-    label_maps, conditions = masks_only(pipe, output_size=LARGE, body_region=["chest"])
+    label_maps, conditions = masks_only(pipe, output_size=LARGE, spacing=SPACING, body_region=["chest"])
     assert looked_up(label_maps[0]) == "chest/large"
-    label_maps, conditions = masks_only(pipe, spacing=FINE, anatomy_list=["pancreatic tumor"])
+    label_maps, conditions = masks_only(pipe, output_size=SIZE, spacing=FINE, anatomy_list=["pancreatic tumor"])
     assert looked_up(label_maps[0]) == "abdomen/pancreas too"
     _, conditions = masks_only(pipe, image_only=True)
     assert conditions["spacing"].tolist() == [[200, 200, 300]]
