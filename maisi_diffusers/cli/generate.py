@@ -10,9 +10,10 @@ from .models import find_model
 from .option_names import name_options
 from .outputs import name_outputs, refuse_existing
 
-ANATOMY, OWN_MAP, GRID, SAMPLING, MODEL, OUTPUT = (
+ANATOMY, OWN_MAP, EDIT, GRID, SAMPLING, MODEL, OUTPUT = (
     "What to show",
     "A label map of your own",
+    "A CT of your own to change",
     "Size and spacing",
     "Sampling",
     "Model and device",
@@ -81,6 +82,23 @@ def generate(
     restore_grid: Annotated[
         bool, option(OWN_MAP, "--restore-grid", help="Put the results on the grid of the label map.")
     ] = False,
+    image: Annotated[
+        Path | None, existing_file(EDIT, help="The CT, on the grid of --mask, which says what it is to show.")
+    ] = None,
+    strength: Annotated[
+        float | None, option(EDIT, metavar="X", help="How far it may change: 0 not at all, to 1; 1 if not given.")
+    ] = None,
+    repaint: Annotated[
+        list[str] | None,
+        option(
+            EDIT,
+            metavar="NAME",
+            help="Paint this label of --mask anew, and leave the rest of the CT as it is. Repeat it for several.",
+        ),
+    ] = None,
+    feather: Annotated[
+        float | None, option(EDIT, metavar="MM", help="How far around it the CT may change; 6 if not given.")
+    ] = None,
     output_size: Annotated[
         tuple[int, int, int] | None,
         option(GRID, metavar="X Y Z", help="Voxels. What a model allows: maisi-ct info."),
@@ -216,6 +234,10 @@ def generate(
         "augment_mask": False if as_is else None,
         "quality_retries": quality_retries,
         "keep_only_anatomy_list": keep_only_anatomy or None,
+        "image": None if image is None else str(image),
+        "strength": strength,
+        "repaint_labels": repaint,
+        "feather": feather,
     }
     # What is not asked for is the pipeline's to choose.
     request = {argument: value for argument, value in request.items() if value is not None}

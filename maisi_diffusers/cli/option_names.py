@@ -21,6 +21,10 @@ OPTIONS = {
     "augment_mask": "--as-is",
     "quality_retries": "--quality-retries",
     "keep_only_anatomy_list": "--keep-only-anatomy",
+    "image": "--image",
+    "strength": "--strength",
+    "repaint_labels": "--repaint",
+    "feather": "--feather",
 }
 """Argument -> option."""
 

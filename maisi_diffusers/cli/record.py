@@ -83,7 +83,7 @@ def arguments_used(pipe: MaisiCTPipeline, request: dict, image: nib.Nifti1Image)
     if given["num_inference_steps"] is None:
         given["num_inference_steps"] = pipe.config.num_inference_steps
     size, spacing = image.shape, spacing_of(image)
-    if given["restore_grid"]:  # the image is on the grid of the mask, and was made on another one
+    if given["restore_grid"] or given["image"]:  # the image is on the grid of the mask, and was made on another one
         mask = to_ras(load_volume(given["mask"]))
         grid = given["output_size"], given["spacing"]
         size, spacing = fit_grid(mask.shape, spacing_of(mask), *grid, pipe.size_multiple, pipe.config.input_rules)

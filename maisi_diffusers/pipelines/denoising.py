@@ -86,6 +86,8 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None,
     callback_on_step_end: Callable | None,
     callback_on_step_end_tensor_inputs: list[str],
+    first_step: int = 0,
+    constrain: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Run a scheduler from noise to data.
@@ -100,17 +102,21 @@ def denoise(
         callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})`; returns a dictionary
             with what it changed.
         callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+        first_step: steps that are left out; `latents` are then what they would have led to.
+        constrain: (latents, timestep of the model that they are at now, `None` after the last) to latents, after each
+            step.
     """
     # MAISI's velocity points to the data, that of diffusers' flow solvers to the noise.
     sign = -1.0 if integrates_flow(scheduler) and not isinstance(scheduler, MaisiRFlowScheduler) else 1.0
     step_kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(first_step)
 
     # DDPM and rectified flow scale nothing; solvers of diffusers that count in sigmas do.
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    if first_step == 0:
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-    timesteps = scheduler.timesteps
+    timesteps, model_timesteps = scheduler.timesteps[first_step:], model_timesteps[first_step:]
     pipeline._num_timesteps = len(timesteps)
     with pipeline.progress_bar(total=len(timesteps)) as progress_bar:
         for i, t in enumerate(timesteps):
@@ -119,6 +125,8 @@ def denoise(
             model_input = scale_model_input(latents, t)
             model_output = sign * predict(model_input, model_timesteps[i]).float()
             latents = scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
+            if constrain is not None:
+                latents = constrain(latents, None if i + 1 == len(timesteps) else model_timesteps[i + 1])
 
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from numbers import Integral, Real
 from typing import Self
 
@@ -54,6 +55,7 @@ from ..schedulers import MaisiRFlowScheduler
 from ..schedulers.flow_solvers import set_timesteps
 from .anatomy_files import AnatomyFiles, AnatomyFilesMixin
 from .denoising import check_sampling, denoise, prediction_type_of, prepare_latents
+from .editing import FEATHER, Edit, add_noise, check_edit, first_step, prepare_edit
 from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid
 from .pipeline_maisi_mask import MaisiMaskPipeline, anatomy_size_vector
 from .pipeline_output import MaisiCTPipelineOutput
@@ -605,6 +607,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
+        edit: Edit | None = None,
+        strength: float = 1.0,
     ) -> torch.Tensor:
         """
         Noise to latents, both (N, C, X, Y, Z).
@@ -613,8 +617,18 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             conditions: what the UNet takes besides the latents, see [`prepare_conditions`].
             embedding: of the label maps, if there are any, see [`embed_label_maps`].
             uncond_conditions, uncond_embedding: the same for the baseline of the guidance.
+            edit: a CT to start from, if there is one.
+            strength: how far it may change, 0 to 1.
         """
         timesteps = set_timesteps(self.scheduler, num_inference_steps, latents.device, latents[0, 0].numel())
+        begin, constrain = 0, None
+        if edit is not None:
+            noise, begin = latents, first_step(strength, len(timesteps))
+            if begin == len(timesteps):
+                return edit.latents.expand_as(noise)
+            noised = partial(add_noise, self.scheduler, edit.latents, noise)
+            latents = noise if begin == 0 else noised(timesteps[begin])
+            constrain = partial(edit.keep_the_rest, noised)
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             output = self.predict(latents, timestep, conditions, embedding, controlnet_conditioning_scale)
@@ -634,6 +648,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            begin,
+            constrain,
         )
 
     def decode(self, latents: torch.Tensor, modality: int, labels: np.ndarray | None) -> torch.Tensor:
@@ -698,6 +714,10 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         augment_mask: bool = True,
         quality_retries: int = 2,
         keep_only_anatomy_list: bool = False,
+        image: str | os.PathLike | nib.Nifti1Image | None = None,
+        strength: float = 1.0,
+        repaint_labels: list[int | str] | None = None,
+        feather: float = FEATHER,
     ) -> MaisiCTPipelineOutput | tuple:
         r"""
         Args:
@@ -737,6 +757,12 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 are not checked; those of your own `latents` are not made again.
             keep_only_anatomy_list: return labels of nothing but `anatomy_list` or the names in
                 `controllable_anatomy_size`. The image is made of all.
+            image: a CT to start from, on the grid of `mask`, which says what it is to show; see docs/edit.md. Images
+                and labels are returned on that grid.
+            strength: how far it may change: 0 leaves it as it is, 1 starts from noise alone.
+            repaint_labels: paint these labels of `mask` anew, and nothing else: beyond `feather` around them the CT
+                stays the same to the voxel.
+            feather: mm around `repaint_labels` in which the new image passes into the given one.
 
         Raises:
             FileNotFoundError: a file that is not there.
@@ -748,8 +774,11 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             num_inference_steps = self.config.num_inference_steps
         modality = modality_code(self.config.modality if modality is None else modality)
         self._interrupt = False
+        if image is not None and body_image is None:
+            body_image = image
 
         # 1. Check inputs; a label map on the wanted grid is one of them
+        check_edit(image, mask, strength, repaint_labels, output_type, self.scheduler)
         self.check_inputs(
             body_region,
             anatomy_list,
@@ -807,6 +836,12 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             )
 
         self.warn_of_unusual_fov(label_maps, body_region, output_size, spacing)
+        edit = None
+        if image is not None:
+            repainted = (
+                None if repaint_labels is None else [label_index(one, self.vocabulary) for one in repaint_labels]
+            )
+            edit = prepare_edit(image, mask, mask_vocabulary, label_maps[0], repainted, feather, self.vae, modality)
 
         # 3. Prepare conditions
         device = self._execution_device
@@ -840,6 +875,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 generators,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
+                edit,
+                strength,
             )
             for i, latent in zip(wanted, made.split(1)):
                 attempts[i] += 1
@@ -866,8 +903,16 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         labels = None if label_maps is None else [label_maps[i % len(label_maps)] for i in range(num_images)]
         if output_type == "nifti":
             affine = spacing_affine(spacing) if labels is None else labels[0].affine
-            images = [ct_to_nifti(image, affine) for image in images[:, 0].cpu().numpy()]
-            if restore_grid:
+            images = [ct_to_nifti(made, affine) for made in images[:, 0].cpu().numpy()]
+            if edit is not None:
+                own_grid = edit.image
+                labels = [resample_like(label_map, own_grid, order=0, fill=0) for label_map in labels]
+                if strength == 0:
+                    images = [ct_to_nifti(np.asarray(own_grid.dataobj), own_grid.affine)] * num_images
+                else:
+                    (own,) = self.decode(edit.latents, modality, arrays[0])[0].cpu().numpy()
+                    images = [edit.compose(made, nib.Nifti1Image(own, affine)) for made in images]
+            elif restore_grid:
                 own_grid = load_volume(mask)
                 air = background_value(modality)
                 labels = [resample_like(label_map, own_grid, order=0, fill=0) for label_map in labels]

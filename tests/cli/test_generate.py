@@ -272,7 +272,7 @@ BAD = {
     ),
     "no such size": (
         ["--body-region", "chest", "--output-size", "64", "64", "256"],
-        "no label map in chest is large enough for --output-size (64, 64, 256) with --spacing (2, 2, 3); the nearest",
+        "no label map in chest is large enough for --output-size (64, 64, 256) with --spacing (0.75, 0.5, 0.375); the",
     ),
     "size out of range": (["--size", "liver=2"], "the size 2.0 of 'liver' is not allowed: give 0 to 1"),
     "no controllable size": (["--size", "heart=0.5"], "'heart' has no controllable size: use one of gallbladder"),

@@ -1,0 +1,164 @@
+"""A given CT is changed where it is said, and nowhere else."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from scipy import ndimage
+
+from maisi_diffusers.pipelines.editing import first_step
+from tests.tiny import SIZE, SPACING, make_label_map, make_pipeline, seeded
+
+AFFINE = np.diag([*SPACING, 1.0])
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline(with_mask_networks=False)
+
+
+@pytest.fixture(scope="module")
+def ct():
+    """A CT of noise, beyond the range of the VAE at some voxels."""
+    hu = np.random.default_rng(0).normal(0, 300, SIZE)
+    hu[12, 8, 16] = 2500
+    return nib.Nifti1Image(hu.astype(np.int16), AFFINE)
+
+
+def edit(pipe, ct, mask=None, **kwargs):
+    mask = make_label_map() if mask is None else mask
+    return pipe(image=ct, mask=mask, **{"generator": seeded(), **kwargs})
+
+
+def test_repainted_labels_and_nothing_else(pipe, ct):
+    feather = 5.0
+    out = edit(pipe, ct, repaint_labels=[26], feather=feather)
+    labels, made = np.asarray(make_label_map().dataobj), np.asarray(out.images[0].dataobj)
+    distance = ndimage.distance_transform_edt(labels != 26, sampling=SPACING)
+    changed = made != np.asarray(ct.dataobj)
+    assert not changed[distance >= feather].any()
+    assert changed[labels == 26].mean() > 0.5 and changed[(distance > 0) & (distance < 4)].any()
+    assert out.images[0].get_data_dtype() == np.int16 and np.allclose(out.images[0].affine, AFFINE)
+    assert np.array_equal(out.labels[0].dataobj, labels)
+
+
+def test_without_feather_the_labels_alone(pipe, ct):
+    out = edit(pipe, ct, repaint_labels=["hepatic tumor"], feather=0)
+    changed = np.asarray(out.images[0].dataobj) != np.asarray(ct.dataobj)
+    assert changed.any() and not changed[np.asarray(make_label_map().dataobj) != 26].any()
+
+
+def test_strength(pipe, ct):
+    own = np.asarray(ct.dataobj)
+    for kwargs in ({}, {"repaint_labels": [26]}):
+        out = edit(pipe, ct, strength=0, **kwargs)
+        assert np.array_equal(out.images[0].dataobj, own) and np.array_equal(
+            out.labels[0].dataobj, make_label_map().dataobj
+        )
+    pipe.register_to_config(num_inference_steps=8)
+    inside = np.asarray(make_label_map().dataobj) > 0
+    images = [np.asarray(edit(pipe, ct, strength=s).images[0].dataobj, dtype=float)[inside] for s in (0.125, 0.5, 1.0)]
+    intensities = torch.from_numpy((own.clip(-1000, 1000) + 1000).astype(np.float32) / 2000)[None, None]
+    with torch.no_grad():
+        latents = pipe.vae.encode(intensities).latent_dist.mode() * pipe.vae.config.scaling_factor
+        reconstruction = pipe.decode(latents, 1, None)[0, 0].numpy()[inside]
+    away = [np.abs(image - reconstruction).mean() for image in images]
+    assert away[0] < away[1] < away[2]
+    # All of it: as without the CT.
+    from_noise = pipe(mask=make_label_map(), generator=seeded()).images[0]
+    assert np.array_equal(images[2], np.asarray(from_noise.dataobj, dtype=float)[inside])
+    pipe.register_to_config(num_inference_steps=2)
+
+
+def test_steps_that_are_left_out():
+    assert [first_step(s, 10) for s in (0, 0.01, 0.1, 0.5, 0.99, 1)] == [10, 9, 9, 5, 0, 0]
+    assert first_step(0.5, 1) == 0
+
+
+def test_number_of_steps(pipe, ct):
+    edit(pipe, ct, strength=0.5, num_inference_steps=6)
+    assert pipe.num_timesteps == 3
+
+
+def test_seeds(pipe, ct):
+    first, same, other = (
+        np.asarray(edit(pipe, ct, repaint_labels=[26], generator=seeded(seed)).images[0].dataobj) for seed in (0, 0, 1)
+    )
+    assert np.array_equal(first, same) and not np.array_equal(first, other)
+    assert len(edit(pipe, ct, repaint_labels=[26], num_images=2).images) == 2
+
+
+def test_any_orientation_and_grid(pipe, ct):
+    """The CT comes back as it was given: turned, and on a grid that the model does not have."""
+    mask = make_label_map((22, 18, 30))
+    ct = nib.Nifti1Image(np.random.default_rng(0).normal(0, 300, mask.shape).astype(np.int16), mask.affine)
+    turn = nib.orientations.axcodes2ornt("SLP")
+    own = ct.as_reoriented(turn)
+    turned = edit(pipe, own, mask.as_reoriented(turn), repaint_labels=[26])
+    straight = edit(pipe, ct, mask, repaint_labels=[26])
+    image = turned.images[0]
+    assert image.shape == own.shape != ct.shape and np.allclose(image.affine, own.affine)
+    assert turned.labels[0].shape == image.shape
+    assert np.array_equal(nib.as_closest_canonical(image).dataobj, straight.images[0].dataobj)
+    far = ndimage.distance_transform_edt(
+        np.asarray(mask.as_reoriented(turn).dataobj) != 26, sampling=nib.affines.voxel_sizes(image.affine)
+    )
+    assert np.array_equal(np.asarray(image.dataobj)[far >= 6], np.asarray(own.dataobj)[far >= 6])
+    assert (np.asarray(image.dataobj) != np.asarray(own.dataobj)).any()
+
+
+def test_the_body_is_told_from_the_ct(pipe):
+    """A mask without label 200: the CT is what it was drawn on."""
+    mask = make_label_map()
+    labels = np.asarray(mask.dataobj)
+    hu = np.where(labels > 0, 40, -1000).astype(np.int16)
+    bare = nib.Nifti1Image(np.where(labels == 200, 0, labels).astype(np.uint8), AFFINE)
+    out = edit(pipe, nib.Nifti1Image(hu, AFFINE), bare)
+    assert 200 in np.asarray(out.labels[0].dataobj)
+
+
+@pytest.mark.parametrize("solver", [FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler])
+def test_other_solvers(ct, solver):
+    pipe = make_pipeline(with_mask_networks=False)
+    pipe.scheduler = solver.from_config(pipe.scheduler.config)
+    out = edit(pipe, ct, repaint_labels=[26], strength=0.5, num_inference_steps=4)
+    changed = np.asarray(out.images[0].dataobj) != np.asarray(ct.dataobj)
+    assert changed.any() and changed.mean() < 0.2
+
+
+def test_ddpm(ct):
+    pipe = make_pipeline("ddpm-ct", with_mask_networks=False)
+    assert isinstance(pipe.scheduler, DDPMScheduler)
+    out = edit(pipe, ct, repaint_labels=[26], strength=0.5, num_inference_steps=4)
+    changed = np.asarray(out.images[0].dataobj) != np.asarray(ct.dataobj)
+    assert changed.any() and changed.mean() < 0.2 and pipe.num_timesteps == 2
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="cannot be changed with EulerDiscreteScheduler"):
+        edit(pipe, ct, repaint_labels=[26])
+
+
+WRONG = {
+    "no mask": ({"mask": None, "image_only": True}, "there is none: give mask="),
+    "no image": ({"image": None, "repaint_labels": [26]}, "there is none: give both"),
+    "strength": ({"strength": 1.5}, "strength=1.5 is not allowed"),
+    "no labels": ({"repaint_labels": []}, "repaint_labels=\\[\\] is not allowed"),
+    "no list": ({"repaint_labels": 26}, "repaint_labels=26 is not allowed"),
+    "a name that is none": ({"repaint_labels": ["tumour"]}, "tumour"),
+    "not in the mask": ({"repaint_labels": ["spleen"]}, "the mask has no spleen; draw it"),
+    "output": ({"output_type": "np"}, "on its own grid"),
+    "grid": ({"mask": make_label_map((16, 16, 32))}, "their affines differ: give a label map that is drawn on"),
+    "moved": ({"mask": nib.Nifti1Image(make_label_map().dataobj, AFFINE + np.eye(4, k=3))}, "affines differ"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong(pipe, ct, case):
+    kwargs, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"image": ct, "mask": make_label_map(), "generator": seeded()} | kwargs)
+
+
+def test_missing_file(pipe):
+    with pytest.raises(FileNotFoundError, match="nowhere.nii.gz"):
+        edit(pipe, "nowhere.nii.gz")
