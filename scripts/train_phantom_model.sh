@@ -5,6 +5,7 @@
 #
 # The argument is a folder for what is made on the way, about 4 GB. On two CPU cores it takes some hours. Run it again to
 # go on where it was interrupted; every stage resumes. The model is written to maisi_diffusers/pretrained.
+# Of its recipe the image VAE has been run; the settings after it are first guesses.
 set -euo pipefail
 
 work=${1:?give a folder for what is made on the way}
@@ -29,9 +30,15 @@ phantoms phantoms 0 480 --other_spacings 0.25 --tumors 0.4 --num_folds 24
 phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 --body_region chest abdomen
 
 # 2. Images: the VAE, the UNet on its latents, the ControlNet for that UNet.
-train train_vae vae --vae_config_name_or_path "$configs/vae.json" --data_list "$work/phantoms/dataset.json" \
-    --patch_size 48 --patches_per_case 4 --cached_cases 460 --max_train_steps 4000 --learning_rate 2e-3 \
-    --perceptual_weight 0 --adversarial_weight 0
+# The VAE learns edges from small patches, and then from thick slabs what its group norms see in a whole volume.
+image_vae() { # output folder, options
+    train train_vae "$1" --data_list "$work/phantoms/dataset.json" --augmentation crop --cached_cases 460 \
+        --learning_rate 3e-4 --perceptual_weight 0 --adversarial_weight 0 "${@:2}"
+}
+image_vae vae-patches --vae_config_name_or_path "$configs/vae.json" --patch_size 48 --patches_per_case 4 \
+    --max_train_steps 1800 --lr_scheduler constant_with_warmup
+image_vae vae --vae_model_name_or_path "$work/vae-patches" --patch_size 128 128 32 --patches_per_case 2 \
+    --max_train_steps 900 --lr_warmup_steps 10
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \

@@ -12,13 +12,14 @@ import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from .closing import close
 from .tumors import remove_tumors
 from .vocabulary import BODY, LABELS, TUMORS
 
 ZOOM = (0.99, 1.01)
 DISPLACEMENT = (0.5, 1.1)  # mm, standard deviation
 SMOOTHNESS = (5.0, 8.0)  # mm
-CLOSING = np.ones((5, 5, 5), dtype=bool)
+CLOSING = 5  # voxels
 # The share of a tumor that must be left inside of its organ, and in how many tries; then the next.
 SHARES = ((0.8, 40), (0.75, 20))
 
@@ -137,7 +138,7 @@ def move_tumor(
     is_tumor = view == tumor
     voxels = np.count_nonzero(is_tumor)
     healthy = remove_tumors(view, spacing, {tumor: organs})
-    organ = ndimage.binary_closing(np.pad(np.isin(healthy, organs), 2), CLOSING)[2:-2, 2:-2, 2:-2]
+    organ = close(np.isin(healthy, organs), CLOSING)
     room = organ & np.isin(healthy, [BODY, *organs])
 
     tries = 0
@@ -147,7 +148,7 @@ def move_tumor(
             moved = deform(is_tumor, spacing, ranges, rng) & room
             if np.count_nonzero(moved) < share * voxels:
                 continue
-            moved |= ndimage.binary_closing(np.pad(moved, 2), CLOSING)[2:-2, 2:-2, 2:-2] & room
+            moved |= close(moved, CLOSING) & room
             result = labels.copy()
             result[box] = np.where(moved, tumor, healthy)
             return result, MovedTumor(tumor, True, tries, np.count_nonzero(moved) / voxels)
@@ -165,7 +166,7 @@ def reachable_box(
     box = []
     for s, n, mm, length, shift, scale in zip(own, is_tumor.shape, spacing, lengths, ranges.shift, ranges.scale):
         margin = (reach * (1 + scale) - length) / 2 + shift + 3 * DISPLACEMENT[1]
-        voxels = int(np.ceil(margin / mm)) + len(CLOSING)
+        voxels = int(np.ceil(margin / mm)) + CLOSING
         box.append(slice(max(s.start - voxels, 0), min(s.stop + voxels, n)))
     return tuple(box)
 

@@ -11,6 +11,7 @@ import cc3d
 import numpy as np
 from scipy import ndimage
 
+from .closing import close
 from .tumors import remove_tumors
 from .vocabulary import BODY, LABELS, LUNG_LOBES, TUMORS, label_index
 
@@ -26,9 +27,6 @@ BOWELS: tuple[int, ...] = INTESTINES[2:]
 BONE_LESION = LABELS["bone lesion"]
 # Tumors that may be in several places of their organ.
 SCATTERED_TUMORS = (LABELS["hepatic tumor"], BONE_LESION)
-CUBE = np.ones((3, 3, 3), dtype=bool)
-
-
 REACH = 3  # voxels around a tumor's organ in which what was taken from others becomes the organ
 CUBE = np.ones((3, 3, 3), dtype=bool)
 
@@ -136,7 +134,7 @@ def keep_one_tumor(labels: np.ndarray, tumor: int) -> int:
         return 0
     view = labels[boxes[tumor]]
     organs = TUMORS[tumor]
-    gaps = close(view == tumor) & np.isin(view, [BODY, *organs])
+    gaps = close(view == tumor, 3) & np.isin(view, [BODY, *organs])
     view[gaps] = tumor
 
     near_organ = ndimage.binary_dilation(np.isin(view, organs), CUBE)
@@ -203,7 +201,7 @@ def close_organs(labels: np.ndarray, organs: Iterable[int]) -> dict[int, int]:
     closed = {}
     for organ, box in find_boxes(labels, organs, margin=2).items():
         view = labels[box]
-        gaps = close(view == organ) & (view == BODY)
+        gaps = close(view == organ, 3) & (view == BODY)
         if gaps.any():
             view[gaps] = organ
             closed[organ] = int(gaps.sum())
@@ -225,8 +223,3 @@ def find_boxes(labels: np.ndarray, wanted: Iterable[int], margin: int = 0) -> di
 def largest_piece(mask: np.ndarray) -> np.ndarray:
     """The largest piece of a mask, whose voxels share a side, an edge or a corner."""
     return cc3d.largest_k(mask, k=1, connectivity=26) > 0
-
-
-def close(mask: np.ndarray) -> np.ndarray:
-    """A mask with its gaps closed that a cube of 3 voxels does not fit in."""
-    return ndimage.binary_closing(np.pad(mask, 1), CUBE)[1:-1, 1:-1, 1:-1]

@@ -884,7 +884,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 images[i] = latent if output_type == "latent" else self.decode(latent, modality, labels)
                 if labels is not None and output_type != "latent":
                     qualities[i] = self.check_quality(images[i][0, 0].cpu().numpy(), labels, modality)
-            is_final = attempts[wanted[0]] > quality_retries or latents is not None or self.interrupt
+            is_given = latents is not None or (edit is not None and strength == 0)  # no noise that could be another
+            is_final = attempts[wanted[0]] > quality_retries or is_given or self.interrupt
             failed = [i for i in wanted if qualities[i] is not None and not qualities[i]["passed"]]
             if is_final:
                 for i in failed:

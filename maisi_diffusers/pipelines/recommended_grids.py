@@ -48,9 +48,7 @@ def describe_unusual_fov(
     limits = (XY_FOV, XY_FOV, Z_FOV)
     if all(low <= mm / other <= high for (low, high), mm, other in zip(limits, fov, usual)):
         return None
-    words = " and ".join(
-        word for word in ("head", "chest", "abdomen", "pelvis") if region_of_word(word) in set(regions)
-    )
+    words = " and ".join(word for word in ("head", "chest", "abdomen", "pelvis") if region_of_word(word) in regions)
     return (
         f"the field of view of {_mm(fov)} of size {tuple(size)} is far from the {_mm(usual)} that the model has seen "
         f"of {words}: expect a worse image, or choose a size and spacing nearer to {grid[0]} at {grid[1]} mm"

@@ -106,10 +106,12 @@ def name_cases(cases: list[Case], root: Path, output_dir: Path) -> list[str]:
 
 
 def latent_path(output_dir: Path, name: str) -> Path:
+    """Where the latent of a case is written."""
     return output_dir / f"{name}_emb.nii.gz"
 
 
 def label_path(output_dir: Path, name: str) -> Path:
+    """Where the label map that goes with it is written."""
     return output_dir / f"{name}_label.nii.gz"
 
 

@@ -94,7 +94,7 @@ def test_volumes_come_to_ras_from_any_orientation_and_byte_order(tmp_path):
     image = nib.Nifti1Image(voxels.transpose(2, 1, 0)[:, ::-1, ::-1], affine, header)
     nib.save(image, tmp_path / "spl.nii")
     assert nib.load(tmp_path / "spl.nii").dataobj.dtype == ">i2"
-    items = [PatchDataset([Case(path)], 12, True, seed=3)[0]["image"] for path in (ras, tmp_path / "spl.nii")]
+    items = [PatchDataset([Case(path)], 12, "full", seed=3)[0]["image"] for path in (ras, tmp_path / "spl.nii")]
     assert torch.equal(*items)
 
 
@@ -133,17 +133,17 @@ def test_validation_takes_the_middle_or_the_whole_as_published(cases, patch_size
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "augment", "message"),
+    ("patch_size", "augmentation", "message"),
     [
-        (30, True, r"patch_size=\(30, 30, 30\) is not allowed: give multiples of 4"),
-        ((32, 32), True, r"patch_size=\(32, 32\) is not allowed"),
-        (0, False, r"patch_size=\(0, 0, 0\) is not allowed"),
-        (None, True, "patch_size=None takes whole volumes"),
+        (30, "full", r"patch_size=\(30, 30, 30\) is not allowed: give multiples of 4"),
+        ((32, 32), "full", r"patch_size=\(32, 32\) is not allowed"),
+        (0, "none", r"patch_size=\(0, 0, 0\) is not allowed"),
+        (None, "full", "patch_size=None takes whole volumes"),
     ],
 )
-def test_refused_patch_sizes(cases, patch_size, augment, message):
+def test_refused_patch_sizes(cases, patch_size, augmentation, message):
     with pytest.raises(ValueError, match=message):
-        PatchDataset(cases, patch_size, augment)
+        PatchDataset(cases, patch_size, augmentation)
 
 
 def test_refused_files_are_named(cases, tmp_path):
@@ -198,9 +198,23 @@ def test_nothing_drawn_is_a_crop_and_every_place_can_be_had():
     assert seen == {0, 1, 2, 3, 4}
 
 
+def test_crops_are_voxels_of_the_volume(cases):
+    """Without zoom, turn, flip or change of intensity: each is found in it."""
+    volume = PatchDataset(cases, None, augmentation="none")[0]["image"][0]
+    dataset = PatchDataset(cases[:1], 8, augmentation="crop", patches_per_case=6)
+    windows = volume.unfold(0, 8, 1).unfold(1, 8, 1).unfold(2, 8, 1)
+    for i in range(6):
+        assert (windows == dataset[i]["image"][0]).flatten(3).all(-1).any()
+
+
+def test_unknown_augmentation(cases):
+    with pytest.raises(ValueError, match="augmentation='some' is unknown: use one of full, crop, none"):
+        PatchDataset(cases, 8, augmentation="some")
+
+
 def test_items_are_from_everywhere_alike(tmp_path, monkeypatch):
     ramp = np.broadcast_to(np.arange(16, dtype=np.int16), (4, 4, 16)).copy()
-    dataset = PatchDataset([Case(save(tmp_path / "ramp.nii", ramp))], 4, True, patches_per_case=600, cached_cases=1)
+    dataset = PatchDataset([Case(save(tmp_path / "ramp.nii", ramp))], 4, "full", patches_per_case=600, cached_cases=1)
     monkeypatch.setattr(Augmentation, "draw", lambda generator: Augmentation())
     starts = [round(dataset[i]["image"][0, 0, 0, 0].item() * 2000 - 1000) for i in range(600)]
     assert np.bincount(starts) / 600 == pytest.approx([1 / 13] * 13, abs=0.04)
@@ -300,7 +314,7 @@ def test_patches_of_label_maps(labelled):
         assert item["index"] == index
         seen |= set(item["labels"].unique().tolist())
     assert seen == {0, 1, 26, 28, 93, 200}, "labels are never mixed"
-    assert torch.equal(dataset[3]["labels"], LabelPatchDataset(labelled, (12, 16, 8), True, 0, 40)[3]["labels"])
+    assert torch.equal(dataset[3]["labels"], LabelPatchDataset(labelled, (12, 16, 8), "full", 0, 40)[3]["labels"])
 
 
 def test_label_maps_stay_upright():
