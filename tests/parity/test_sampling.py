@@ -228,7 +228,7 @@ def test_generated_mask(pair):
         mask_latent_size=pair.size.latent,
     )
     pipe.set_progress_bar_config(disable=True)
-    arguments = {"anatomy_size": sizes, "latents": noise, "num_inference_steps": STEPS}
+    arguments = {"anatomy_size": sizes, "latents": noise, "num_inference_steps": STEPS, "clean_up": False}
     own = pipe(**arguments, generator=torch.Generator().manual_seed(13), output_type="latent").masks
     assert_close(own, latents, 1e-4)
     own = pipe(**arguments, generator=torch.Generator().manual_seed(13), output_type="pt").masks

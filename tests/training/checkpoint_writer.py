@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
-from maisi_diffusers.training import checkpoints, files
+from maisi_diffusers import files
+from maisi_diffusers.training import checkpoints
 from maisi_diffusers.training.checkpoints import save_checkpoint
 
 
