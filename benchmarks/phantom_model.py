@@ -49,17 +49,20 @@ ORGANS = {
     "bones": (BONES, 100),
 }
 MIN_VOXELS = 50
-# Where a threshold cannot tell: what takes up contrast agent, or has it in it, is as bright as bone.
+# Where a threshold of bone cannot tell: what takes up contrast agent or has it in it, and calcified cartilage.
 BRIGHT = [
     *("aorta", "inferior vena cava", "superior vena cava", "portal vein and splenic vein", "hepatic vessel", "heart"),
-    *("left kidney", "right kidney", "left atrial appendage", "brachiocephalic trunk", "pulmonary vein"),
+    *("left atrial appendage", "brachiocephalic trunk", "pulmonary vein", "thyroid gland"),
     *("left brachiocephalic vein", "right brachiocephalic vein", "left common carotid artery"),
-    *("right common carotid artery", "left subclavian artery", "right subclavian artery", "thyroid gland"),
-    *("left iliac artery", "right iliac artery", "left iliac vena", "right iliac vena", "spleen", "bone lesion"),
+    *("right common carotid artery", "left subclavian artery", "right subclavian artery"),
+    *("left iliac artery", "right iliac artery", "left iliac vena", "right iliac vena"),
+    *("liver", "spleen", "pancreas", "left kidney", "right kidney", "left adrenal gland", "right adrenal gland"),
+    *("stomach", "duodenum", "small bowel", "colon", "bladder", "prostate"),
+    *("lung tumor", "pancreatic tumor", "hepatic tumor", "colon cancer primaries", "bone lesion", "costal cartilages"),
 ]
 # And where gas is, as dark as lung.
 GASSY = ["trachea", "airway", "esophagus", "stomach", "duodenum", "small bowel", "colon", "colon cancer primaries"]
-BONE_HU, LUNG_HU = 150, -500
+BONE_HU, LUNG_HU = 130, -500  # the best on the phantoms' own CTs
 # Lowest and highest HU of each.
 TISSUES = {
     "air": (-2000, -950),

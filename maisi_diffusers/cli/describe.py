@@ -69,6 +69,8 @@ def describe(model: Model, output_size: tuple[int, int, int] | None) -> dict:
             for words, (grid, spacing) in RECOMMENDED_CT_GRIDS.items()
             if rules == CT_RULES
         ],
+        "guidance_scale": pipe.config.guidance_scale,
+        "recommended_fovs": pipe.config.recommended_fovs or {},
         "memory": {
             "output_size": list(size),
             "bytes": round(estimate_memory(pipe, size)),

@@ -116,6 +116,12 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
     for i, grid in enumerate(facts["recommended_grids"]):
         text = f"{', '.join(grid['body_region'])}: {grid_text(grid['output_size'], grid['spacing'])}"
         lines.append(("" if i else "recommended", text))
+    for i, (modality, by_region) in enumerate(facts["recommended_fovs"].items()):
+        text = "; ".join(
+            f"{region} {' or '.join(' x '.join(f'{mm:g}' for mm in fov) for fov in fovs)} mm"
+            for region, fovs in by_region.items()
+        )
+        lines.append(("" if i else "fields of view", f"{modality}: {text}"))
     needed, tiled = (f"{memory[key] / 1e9:.1f} GB" for key in ("bytes", "bytes_with_tiling"))
     size = size_text(memory["output_size"])
     lines.append(

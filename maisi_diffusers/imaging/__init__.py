@@ -1,7 +1,7 @@
 """NIfTI in and out, grids and orientation, intensities."""
 
 from .intensity import background_value, from_hu, to_hu
-from .modality import MODALITIES, is_ct, modality_code
+from .modality import MODALITIES, is_ct, modality_code, modality_names
 from .nifti import ct_to_nifti, labels_to_nifti, load_volume
 from .preview import WINDOWS, save_preview
 from .resample import (
@@ -22,6 +22,7 @@ __all__ = [
     "labels_to_nifti",
     "load_volume",
     "modality_code",
+    "modality_names",
     "resample_like",
     "resample_to_grid",
     "save_preview",

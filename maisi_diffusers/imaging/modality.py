@@ -53,6 +53,12 @@ def modality_code(modality: str | int) -> int:
     return int(modality)
 
 
+def modality_names(code: int) -> set[str]:
+    """Names of a code that says a contrast, with and without `"_skull_stripped"`; none for MR as such and unknown."""
+    names = {name for name, other in MODALITIES.items() if other == code and code not in (0, _FIRST_MR_CODE)}
+    return names | {name.removesuffix("_skull_stripped") for name in names}
+
+
 def is_ct(code: int) -> bool:
     """Whether intensities of this modality are in HU: codes below 8, with 0 (unknown) among them, as published."""
     return code < _FIRST_MR_CODE

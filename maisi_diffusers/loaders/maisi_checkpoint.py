@@ -47,12 +47,14 @@ class Version:
         vae_repo: the Hub repository of the VAE, where it is not the model's own.
         anatomy: the files of the mask database and of the anatomy sizes, where it has them: `candidates`, the list of
             label maps; `masks`, the folder of these or, with ".zip" added, the archive; `size_conditions`.
+        guidance_scale: what it was released with.
     """
 
     kind: str
     files: dict[str, tuple[str, ...]]
     vae_repo: str | None = None
     anatomy: dict[str, str] | None = None
+    guidance_scale: float = 0.0
 
 
 VERSIONS = {
@@ -82,11 +84,16 @@ VERSIONS = {
         },
         anatomy=_anatomy_files(3000),
     ),
-    "rflow-mr": Version("rflow", {"vae": ("models/autoencoder_v2.pt",), "unet": ("models/diff_unet_3d_rflow-mr.pt",)}),
+    "rflow-mr": Version(
+        "rflow",
+        {"vae": ("models/autoencoder_v2.pt",), "unet": ("models/diff_unet_3d_rflow-mr.pt",)},
+        guidance_scale=15.0,
+    ),
     "rflow-mr-brain": Version(
         "rflow",
         {"vae": ("models/autoencoder_v1.pt",), "unet": ("models/diff_unet_3d_rflow-mr-brain_v1.pt",)},
         vae_repo=CT_REPO,
+        guidance_scale=2.0,
     ),
 }
 REQUIRED = ("vae", "unet")

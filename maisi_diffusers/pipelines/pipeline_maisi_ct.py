@@ -56,10 +56,17 @@ from ..schedulers.flow_solvers import set_timesteps
 from .anatomy_files import AnatomyFiles, AnatomyFilesMixin
 from .denoising import check_sampling, denoise, prediction_type_of, prepare_latents
 from .editing import FEATHER, Edit, add_noise, check_edit, first_step, prepare_edit
-from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid
+from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid, nearest_grid
 from .pipeline_maisi_mask import MaisiMaskPipeline, anatomy_size_vector
 from .pipeline_output import MaisiCTPipelineOutput
-from .recommended_grids import describe_unusual_fov, recommended_grid
+from .recommended_grids import (
+    MR_FOVS,
+    MR_VOXEL,
+    describe_unusual_fov,
+    describe_unusual_mr_fov,
+    recommended_grid,
+    recommended_mr_fovs,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -96,6 +103,9 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         default_spacing: mm along X, Y, Z where a call gives none; `None` for 1 mm.
         quality_thresholds: organ -> lowest and highest median in HU of [`check_quality`]; `None` for those of the
             published training data.
+        guidance_scale: guidance where a call gives none.
+        recommended_fovs: modality -> region -> fields of view in mm that an MR model is meant for (see
+            [`maisi_diffusers.pipelines.recommended_grids`]): one of them is made where a call gives no size or spacing.
 
     `pipe.mask_database` and `pipe.anatomy_size_conditions` come from the folder `mask_database` of the repository that
     the pipeline is loaded from (see docs/mask_database.md), when they are first used. Both can be set.
@@ -136,6 +146,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         default_output_size: list[int] | None = None,
         default_spacing: list[float] | None = None,
         quality_thresholds: dict | None = None,
+        guidance_scale: float = 0.0,
+        recommended_fovs: dict | None = None,
         mask_prediction_type: str | None = None,
         mask_num_inference_steps: int | None = None,
         mask_size_ranges: dict[str, list[float]] | None = None,
@@ -165,6 +177,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             default_output_size=None if default_output_size is None else list(default_output_size),
             default_spacing=None if default_spacing is None else list(default_spacing),
             quality_thresholds=quality_thresholds,
+            guidance_scale=guidance_scale,
+            recommended_fovs=recommended_fovs,
         )
         self._interrupt = False
 
@@ -200,6 +214,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             num_inference_steps=30 if VERSIONS[version].kind == "rflow" else 1000,
             modality="ct" if is_ct else "mri",
             input_rules=CT_RULES if is_ct else MR_RULES,
+            guidance_scale=VERSIONS[version].guidance_scale,
+            recommended_fovs=MR_FOVS.get(version),
         )
         if VERSIONS[version].anatomy is not None:
             pipe._anatomy_files = AnatomyFiles(Repository(source, **hub_kwargs), **VERSIONS[version].anatomy)
@@ -350,30 +366,42 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
     def choose_grid(
         self,
         body_region: list[str] | None,
+        modality: int,
         output_size: tuple[int, int, int] | None,
         spacing: tuple[float, float, float] | None,
     ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
         """
         Size and spacing of what is made without the user's label map. What was not given is that of the published
-        model's training data for the region, else the model's own; one of both keeps the field of view of these.
+        model's training data for the region (CT), or what the model is meant for in region and modality (MR), else the
+        model's own; one of both keeps the field of view of these.
         """
         grid = (self.config.default_output_size or DEFAULT_SIZE, self.config.default_spacing or DEFAULT_SPACING)
         if body_region and self.config.input_rules == CT_RULES:
             grid = recommended_grid(map(region_of_word, body_region)) or grid
+        if fovs := self.suitable_fovs(body_region, modality):
+            grid = nearest_grid(fovs[0], (MR_VOXEL,) * 3, self.size_multiple, self.config.input_rules)
         if output_size is None and spacing is None:
             output_size, spacing = grid
         elif output_size is None or spacing is None:
             output_size, spacing = fit_grid(*grid, output_size, spacing, self.size_multiple, self.config.input_rules)
         return tuple(output_size), tuple(spacing)
 
+    def suitable_fovs(self, body_region: list[str] | None, modality: int) -> list[list[float]]:
+        """Fields of view in mm that an MR model is meant for, in these regions and this modality."""
+        regions = [region_of_word(word) for word in body_region] if body_region else None
+        return recommended_mr_fovs(self.config.recommended_fovs or {}, modality, regions)
+
     def warn_of_unusual_fov(
         self,
         label_maps: list[nib.Nifti1Image] | None,
         body_region: list[str] | None,
+        modality: int,
         output_size: tuple[int, int, int],
         spacing: tuple[float, float, float],
     ) -> None:
         """Warn where the published model has seen no such field of view of these regions."""
+        if message := describe_unusual_mr_fov(self.suitable_fovs(body_region, modality), output_size, spacing):
+            warnings.warn(message, stacklevel=3)
         if self.config.input_rules != CT_RULES:
             return
         if body_region:
@@ -699,7 +727,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         modality: str | int | None = None,
         num_images: int = 1,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 0.0,
+        guidance_scale: float | None = None,
         controlnet_conditioning_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -730,14 +758,14 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             mask: the user's own label map: path or nibabel image, integers, any orientation and affine.
             image_only: no label map and no ControlNet.
             output_size: voxels along X, Y, Z; if not given, with `mask` the nearest allowed grid with its field of
-                view, otherwise what suits the region (published model) or is the model's own. A label map that is
+                view, otherwise what suits the region (published model) and modality (MR) or is the model's own. A label map that is
                 looked up has this size and spacing, or is the nearest that is resampled to them.
             spacing: mm along X, Y, Z; if not given, what keeps that field of view.
             modality: name or code, e.g. `"ct"`, `"ct_contrast"`, `"t1"`; the model's own if not given.
             num_images: images to make, all at once.
             num_inference_steps: as many as the model was released with if not given.
             guidance_scale: `uncond + s * (cond - uncond)`; 0 is off. "uncond" is without modality, and with a label
-                map without its tumors.
+                map without its tumors. If not given what the model was released with, for CT 0.
             controlnet_conditioning_scale: factor on what the ControlNet adds.
             generator: one, or one an image, for the same result again.
             latents (N, C, X/4, Y/4, Z/4): the initial noise instead of drawing it.
@@ -772,6 +800,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
         modality = modality_code(self.config.modality if modality is None else modality)
         self._interrupt = False
         if image is not None and body_image is None:
@@ -808,7 +838,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             label_maps = [self.prepare_mask(mask, mask_vocabulary, body_image, output_size, spacing)]
             output_size, spacing = label_maps[0].shape, spacing_of(label_maps[0])
         else:
-            output_size, spacing = self.choose_grid(body_region, output_size, spacing)
+            output_size, spacing = self.choose_grid(body_region, modality, output_size, spacing)
             check_grid(output_size, spacing, self.size_multiple, self.config.input_rules)
         ratio = self.vae.spatial_compression_ratio
         latent_shape = (num_images, self.unet.config.in_channels, *(size // ratio for size in output_size))
@@ -835,7 +865,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 body_region, anatomy_list, num_images, generator, output_size, spacing, augment_mask
             )
 
-        self.warn_of_unusual_fov(label_maps, body_region, output_size, spacing)
+        self.warn_of_unusual_fov(label_maps, body_region, modality, output_size, spacing)
         edit = None
         if image is not None:
             repainted = (

@@ -1,10 +1,11 @@
-"""Sizes and spacings that suit a region, of the published CT models."""
+"""Sizes and spacings that suit a region: of the published CT models grids, of the MR models fields of view."""
 
 from collections.abc import Iterable
 
 import numpy as np
 
 from ..anatomy import region_of_word
+from ..imaging import modality_names
 
 Grid = tuple[tuple[int, int, int], tuple[float, float, float]]
 
@@ -20,6 +21,25 @@ RECOMMENDED_CT_GRIDS: dict[tuple[str, ...], Grid] = {
     ("lower",): ((512, 512, 384), (0.839, 0.839, 0.728)),
 }
 """Words of `body_region` -> size in voxels and spacing in mm: medians of the training data (published with MAISI)."""
+
+MR_FOVS: dict[str, dict[str, dict[str, list[list[float]]]]] = {
+    "rflow-mr": {
+        "mri_t1": {"head": [[160, 256, 256]], "chest": [[174, 200, 200]], "abdomen": [[380, 309, 288]]},
+        "mri_t2": {"head": [[240, 240, 162.5]], "pelvis": [[170, 170, 90]], "abdomen": [[350, 350, 246]]},
+        "mri_flair": {"head": [[200, 250, 250]]},
+    },
+    "rflow-mr-brain": {
+        "mri_t1": {"head": [[240, 240, 174], [176, 250, 250], [240, 200, 240]]},
+        "mri_t2": {"head": [[240, 240, 158], [162, 240, 240], [200, 180, 200]]},
+        "mri_flair": {"head": [[250, 250, 175], [176, 250, 250], [250, 200, 250]]},
+        "mri_swi": {"head": [[230, 230, 145], [140, 230, 230], [230, 155, 230]]},
+        "mri_mra": {"head": [[220, 220, 158], [158, 250, 250], [240, 179, 240]]},
+    },
+}
+"""Version -> modality -> word of `body_region` -> fields of view in mm along X, Y, Z that the published MR models are
+meant for, of the brain model axial, sagittal, coronal. Of the others "chest" is the breast and "pelvis" the prostate."""
+
+MR_VOXEL = 1.0  # mm: a field of view becomes the allowed grid with voxels nearest to it
 
 XY_FOV = (0.75, 1.5)
 Z_FOV = (0.5, 2.0)
@@ -52,6 +72,40 @@ def describe_unusual_fov(
     return (
         f"the field of view of {_mm(fov)} of size {tuple(size)} is far from the {_mm(usual)} that the model has seen "
         f"of {words}: expect a worse image, or choose a size and spacing nearer to {grid[0]} at {grid[1]} mm"
+    )
+
+
+def recommended_mr_fovs(fovs: dict, modality: int, regions: Iterable[int] | None) -> list[list[float]]:
+    """
+    Fields of view in mm that suit a modality and regions.
+
+    Args:
+        fovs: the model's own, see `MR_FOVS`.
+        modality: its code. One without a contrast (MR, unknown) goes with any.
+        regions: 0..3; `None` goes with any.
+    """
+    names = modality_names(modality)
+    wanted = None if regions is None else set(regions)
+    return [
+        fov
+        for name, by_word in fovs.items()
+        for word, some in by_word.items()
+        for fov in some
+        if (name in names or not names) and (wanted is None or wanted == {region_of_word(word)})
+    ]
+
+
+def describe_unusual_mr_fov(
+    usual: list[list[float]], size: tuple[int, int, int], spacing: tuple[float, float, float]
+) -> str | None:
+    """What to say of a field of view that is far from all that a model is meant for; `None` if it is not."""
+    fov = np.multiply(size, spacing)
+    low, high = XY_FOV
+    if not usual or any(all(low <= mm / other <= high for mm, other in zip(fov, one)) for one in usual):
+        return None
+    return (
+        f"the field of view of {_mm(fov)} of size {tuple(size)} is far from all that the model is meant for, "
+        f"{', '.join(map(_mm, usual))}: expect a worse image, or choose a size and spacing nearer to one of them"
     )
 
 

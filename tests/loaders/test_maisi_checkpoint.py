@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from maisi_diffusers import MaisiCTPipeline
 from maisi_diffusers.loaders.key_mapping import unet_source_keys
 from maisi_diffusers.pipelines.input_rules import CT_RULES, MR_RULES
+from maisi_diffusers.pipelines.recommended_grids import MR_FOVS
 from tests.parity.monai_reference import (
     MASK_SCALE_FACTOR,
     SCALE_FACTOR,
@@ -266,6 +267,8 @@ def test_mr(checkpoint, expected, version, vae, unet):
     assert type(pipe.scheduler).__name__ == "MaisiRFlowScheduler" and pipe.scheduler.config.monai_rounding
     assert pipe.config.num_inference_steps == 30 and pipe.config.modality == "mri"
     assert pipe.config.input_rules == MR_RULES
+    assert pipe.config.guidance_scale == {"rflow-mr": 15.0, "rflow-mr-brain": 2.0}[version]
+    assert pipe.config.recommended_fovs == MR_FOVS[version]
     with pytest.raises(ValueError, match="not one that this model was trained for"):
         pipe(image_only=True, output_size=(512, 512, 512))
     with pytest.raises(ValueError, match="no ControlNet"):

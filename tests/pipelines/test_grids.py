@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 
 from maisi_diffusers import MaisiMaskDatabase
-from maisi_diffusers.pipelines.input_rules import CT_RULES
-from maisi_diffusers.pipelines.recommended_grids import RECOMMENDED_CT_GRIDS, describe_unusual_fov, recommended_grid
+from maisi_diffusers.imaging import modality_code
+from maisi_diffusers.pipelines.input_rules import CT_RULES, MR_RULES, check_grid
+from maisi_diffusers.pipelines.recommended_grids import (
+    MR_FOVS,
+    RECOMMENDED_CT_GRIDS,
+    describe_unusual_fov,
+    recommended_grid,
+)
 from tests.mask_databases import make_database
 from tests.tiny import SIZE, SPACING, make_label_map, make_pipeline, seeded
+
+CT = modality_code("ct")
 
 
 @pytest.fixture
@@ -21,27 +29,83 @@ def published():
 
 
 def test_what_suits_the_region(published):
-    assert published.choose_grid(["chest"], None, None) == ((512, 512, 128), (0.684, 0.684, 2.422))
-    assert published.choose_grid(["Thorax", "abdomen"], None, None) == ((512, 512, 128), (0.781, 0.781, 2.981))
-    assert published.choose_grid(["pelvis"], None, None) == RECOMMENDED_CT_GRIDS[("lower",)]
+    assert published.choose_grid(["chest"], CT, None, None) == ((512, 512, 128), (0.684, 0.684, 2.422))
+    assert published.choose_grid(["Thorax", "abdomen"], CT, None, None) == ((512, 512, 128), (0.781, 0.781, 2.981))
+    assert published.choose_grid(["pelvis"], CT, None, None) == RECOMMENDED_CT_GRIDS[("lower",)]
     for regions in (None, ["head"], ["head", "pelvis"]):  # nothing is recommended
-        assert published.choose_grid(regions, None, None) == ((512, 512, 512), (1.0, 1.0, 1.0))
+        assert published.choose_grid(regions, CT, None, None) == ((512, 512, 512), (1.0, 1.0, 1.0))
 
 
 def test_one_of_both_keeps_the_field_of_view(published):
-    size, spacing = published.choose_grid(["chest"], (256, 256, 128), None)
+    size, spacing = published.choose_grid(["chest"], CT, (256, 256, 128), None)
     assert size == (256, 256, 128) and spacing == pytest.approx((1.368, 1.368, 2.422))
-    size, spacing = published.choose_grid(["chest"], None, (1.0, 1.0, 2.5))
+    size, spacing = published.choose_grid(["chest"], CT, None, (1.0, 1.0, 2.5))
     assert spacing == (1.0, 1.0, 2.5) and size == (384, 384, 128)  # 350 x 350 x 310 mm
-    assert published.choose_grid(["chest"], (512, 512, 512), (0.7, 0.7, 0.7)) == ((512,) * 3, (0.7,) * 3)
+    assert published.choose_grid(["chest"], CT, (512, 512, 512), (0.7, 0.7, 0.7)) == ((512,) * 3, (0.7,) * 3)
 
 
 def test_a_model_of_its_own():
     pipe = make_pipeline(with_mask_networks=False)
     pipe.register_to_config(default_output_size=[128, 128, 96], default_spacing=[3.0, 3.0, 4.0])
-    assert pipe.choose_grid(["chest"], None, None) == ((128, 128, 96), (3.0, 3.0, 4.0))
-    assert pipe.choose_grid(None, None, (6.0, 6.0, 6.0)) == ((64, 64, 64), (6.0, 6.0, 6.0))
-    assert pipe.choose_grid(None, (64, 64, 64), None) == ((64, 64, 64), (6.0, 6.0, 6.0))
+    assert pipe.choose_grid(["chest"], CT, None, None) == ((128, 128, 96), (3.0, 3.0, 4.0))
+    assert pipe.choose_grid(None, CT, None, (6.0, 6.0, 6.0)) == ((64, 64, 64), (6.0, 6.0, 6.0))
+    assert pipe.choose_grid(None, CT, (64, 64, 64), None) == ((64, 64, 64), (6.0, 6.0, 6.0))
+
+
+def make_mr(version):
+    """A tiny pipeline with the rules of a published MR model."""
+    pipe = make_pipeline("rflow-ct", with_mask_networks=False)
+    pipe.register_to_config(modality="mri", input_rules=MR_RULES, recommended_fovs=MR_FOVS[version])
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "version, regions, modality, fov",
+    [
+        ("rflow-mr", ["head"], "t1", (160, 256, 256)),
+        ("rflow-mr", None, "t1", (160, 256, 256)),
+        ("rflow-mr", ["chest"], "t1", (174, 200, 200)),
+        ("rflow-mr", ["pelvis"], "t2", (170, 170, 90)),
+        ("rflow-mr", ["abdomen"], "mri", (380, 309, 288)),
+        ("rflow-mr", ["head"], "flair", (200, 250, 250)),
+        ("rflow-mr-brain", None, "swi", (230, 230, 145)),
+        ("rflow-mr-brain", ["head"], "mri_mra_skull_stripped", (220, 220, 158)),
+        ("rflow-mr-brain", None, "mri", (240, 240, 174)),
+    ],
+)
+def test_what_suits_mr(version, regions, modality, fov):
+    pipe = make_mr(version)
+    size, spacing = pipe.choose_grid(regions, modality_code(modality), None, None)
+    check_grid(size, spacing, pipe.size_multiple, MR_RULES)
+    assert np.multiply(size, spacing) == pytest.approx(fov)
+
+
+def test_every_mr_recommendation_is_within_the_rules():
+    for version, of_version in MR_FOVS.items():
+        pipe = make_mr(version)
+        for modality, by_word in of_version.items():
+            for word in by_word:
+                check_grid(*pipe.choose_grid([word], modality_code(modality), None, None), 16, MR_RULES)
+
+
+def test_an_unusual_field_of_view_of_mr(monkeypatch):
+    pipe = make_mr("rflow-mr-brain")
+
+    def stop(*args, **kwargs):
+        raise PreparedError
+
+    monkeypatch.setattr(pipe, "prepare_conditions", stop)
+    request = {"image_only": True, "modality": "swi", "output_size": (256, 256, 128)}
+    usual = "230 x 230 x 145 mm, 140 x 230 x 230 mm, 230 x 155 x 230 mm"
+    with pytest.warns(UserWarning, match=f"the field of view of 128 x 128 x 64 mm of size .* meant for, {usual}: "):
+        with pytest.raises(PreparedError):
+            pipe(**request, spacing=(0.5, 0.5, 0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(PreparedError):
+            pipe(**request, spacing=(0.9, 0.9, 1.2))
+        with pytest.raises(PreparedError):
+            pipe(image_only=True, modality="swi")
 
 
 def test_every_recommendation_is_found():

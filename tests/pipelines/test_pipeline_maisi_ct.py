@@ -201,6 +201,19 @@ def test_mr(rflow):
     assert (labels.images[labels.labels == 0] == 0).all()
 
 
+def test_guidance_that_the_model_was_released_with(rflow):
+    def call(**kwargs):
+        return rflow(**IMAGE_ONLY, modality="t1", generator=seeded(), output_type="latent", **kwargs).images
+
+    off, guided = call(), call(guidance_scale=15.0)
+    rflow.register_to_config(guidance_scale=15.0)
+    try:
+        assert torch.equal(call(), guided) and torch.equal(call(guidance_scale=0.0), off)
+    finally:
+        rflow.register_to_config(guidance_scale=0.0)
+    assert not torch.equal(off, guided)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     pipe = make_pipeline("rflow-ct")
