@@ -128,7 +128,12 @@ def generate(
         ),
     ] = None,
     guidance_scale: Annotated[
-        float | None, option(SAMPLING, metavar="X", help="How much tumors and modality are stressed; 0 is off. The model's own if not given.")
+        float | None,
+        option(
+            SAMPLING,
+            metavar="X",
+            help="How much tumors and modality are stressed; 0 is off. The model's own if not given.",
+        ),
     ] = None,
     controlnet_conditioning_scale: Annotated[
         float | None, option(SAMPLING, metavar="X", help="How closely the label map is followed; 1 if not given.")

@@ -104,8 +104,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         quality_thresholds: organ -> lowest and highest median in HU of [`check_quality`]; `None` for those of the
             published training data.
         guidance_scale: guidance where a call gives none.
-        recommended_fovs: modality -> region -> fields of view in mm that an MR model is meant for (see
-            [`maisi_diffusers.pipelines.recommended_grids`]): one of them is made where a call gives no size or spacing.
+        recommended_fovs: modality -> region -> fields of view in mm that an MR model is meant for, one of which is
+            made where a call gives no size or spacing (see [`maisi_diffusers.pipelines.recommended_grids`]).
 
     `pipe.mask_database` and `pipe.anatomy_size_conditions` come from the folder `mask_database` of the repository that
     the pipeline is loaded from (see docs/mask_database.md), when they are first used. Both can be set.
@@ -758,8 +758,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             mask: the user's own label map: path or nibabel image, integers, any orientation and affine.
             image_only: no label map and no ControlNet.
             output_size: voxels along X, Y, Z; if not given, with `mask` the nearest allowed grid with its field of
-                view, otherwise what suits the region (published model) and modality (MR) or is the model's own. A label map that is
-                looked up has this size and spacing, or is the nearest that is resampled to them.
+                view, otherwise what suits the region (published model) and modality (MR) or is the model's own. A
+                label map that is looked up has this size and spacing, or is the nearest that is resampled to them.
             spacing: mm along X, Y, Z; if not given, what keeps that field of view.
             modality: name or code, e.g. `"ct"`, `"ct_contrast"`, `"t1"`; the model's own if not given.
             num_images: images to make, all at once.

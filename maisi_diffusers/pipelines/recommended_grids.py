@@ -37,7 +37,7 @@ MR_FOVS: dict[str, dict[str, dict[str, list[list[float]]]]] = {
     },
 }
 """Version -> modality -> word of `body_region` -> fields of view in mm along X, Y, Z that the published MR models are
-meant for, of the brain model axial, sagittal, coronal. Of the others "chest" is the breast and "pelvis" the prostate."""
+meant for, of the brain model axial, sagittal, coronal; of the other "chest" is the breast, "pelvis" the prostate."""
 
 MR_VOXEL = 1.0  # mm: a field of view becomes the allowed grid with voxels nearest to it
 
