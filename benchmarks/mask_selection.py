@@ -4,8 +4,8 @@ How long does it take, and how much memory, to choose a label map in the mask da
     python -m benchmarks.mask_selection
     python -m benchmarks.mask_selection --size 256
 
-It writes a database of label maps, phantoms of chest and abdomen enlarged to the wanted grid and to half of it, and asks
-for one with a tumor: on a grid that the database has, and on one that it has not, so that the nearest is resampled.
+It writes a database of label maps: phantoms of chest and abdomen, enlarged to the wanted grid and to half of it. It
+asks for one with a tumor on a grid that the database has, and on one that it has not: the nearest is resampled.
 What is measured is all that `MaisiCTPipeline` does between the request and the first network: search, reading,
 resampling, the body label, the variant with its tumor elsewhere. Every line is a process of its own, so that the peak
 of its memory, with Python and torch in it, is its own.
