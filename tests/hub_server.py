@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub.utils import _http
 
 
 class HubServer:
@@ -184,5 +187,10 @@ def process_on(hub: HubServer, home: Path) -> Iterator[ProcessPoolExecutor]:
     unset = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE")}
     with mock.patch.dict(os.environ, {**unset, **environment}, clear=True):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            process.submit(int).result()  # starts it while the environment is set
+            process.submit(_retry_at_once).result()  # starts it while the environment is set
             yield process
+
+
+def _retry_at_once() -> None:
+    """Ask a Hub that does not answer again without the half minute of waiting that `huggingface_hub` puts between."""
+    _http.time = SimpleNamespace(sleep=lambda seconds: None)
