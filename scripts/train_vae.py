@@ -37,7 +37,12 @@ from maisi_diffusers.training.perceptual import load_perceptual_loss
 from maisi_diffusers.training.randomness import case_generator
 from maisi_diffusers.training.run import make_accelerator, push_to_hub, run_script, save_trained, write_model_card
 from maisi_diffusers.training.vae_losses import adversarial_loss, kl_loss
-from maisi_diffusers.training.vae_objectives import ImageObjective, LabelObjective, objective_class
+from maisi_diffusers.training.vae_objectives import (
+    RECONSTRUCTION_LOSSES,
+    ImageObjective,
+    LabelObjective,
+    objective_class,
+)
 
 logger = get_logger(__name__)
 
@@ -84,6 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("losses")
     group.add_argument("--kl_weight", type=float, default=1e-7, help="of the divergence, summed over a latent")
     group = parser.add_argument_group("losses of an image VAE")
+    group.add_argument(
+        "--reconstruction_loss",
+        choices=RECONSTRUCTION_LOSSES,
+        default="l1",
+        help="l1: as published; l2: the mean square, in which noise counts less, and edges and bone more",
+    )
     group.add_argument("--perceptual_weight", type=float, default=0.3, help="0 needs no pretrained network")
     group.add_argument("--perceptual_network", choices=["squeeze", "alex", "vgg"], default="squeeze")
     group.add_argument("--adversarial_weight", type=float, default=0.1, help="0 leaves the discriminator out")
@@ -186,7 +197,9 @@ def train(args: argparse.Namespace) -> None:
         objective = LabelObjective(args.cross_entropy_weight, args.dice_weight, args.class_balance)
     else:
         unwrapped = None if discriminator is None else accelerator.unwrap_model(discriminator)
-        objective = ImageObjective(args.perceptual_weight, perceptual, args.adversarial_weight, unwrapped, draws)
+        objective = ImageObjective(
+            args.reconstruction_loss, args.perceptual_weight, perceptual, args.adversarial_weight, unwrapped, draws
+        )
     weights = objective.weights | {"kl_loss": args.kl_weight}
 
     def train_step(batch: dict) -> dict[str, torch.Tensor]:

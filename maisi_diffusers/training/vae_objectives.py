@@ -12,12 +12,15 @@ from .mask_classes import mask_classes
 from .patches import LabelPatchDataset, PatchDataset
 from .vae_losses import adversarial_loss, dice_and_accuracy, label_losses
 
+RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
 
 class ImageObjective:
     """
-    L1, perceptual and adversarial loss of images, as published.
+    Reconstruction, perceptual and adversarial loss of images, as published.
 
     Args:
+        reconstruction_loss: `"l1"`, or `"l2"` for the mean square: noise counts less in it, edges and bone more.
         perceptual_weight: of the perceptual loss.
         perceptual: (reconstruction, image, generators) to the perceptual loss; without it, it is left out.
         adversarial_weight: of the adversarial loss.
@@ -31,6 +34,7 @@ class ImageObjective:
 
     def __init__(
         self,
+        reconstruction_loss: str,
         perceptual_weight: float,
         perceptual: Callable | None,
         adversarial_weight: float,
@@ -42,6 +46,7 @@ class ImageObjective:
             "perceptual_loss": perceptual_weight,
             "adversarial_loss": adversarial_weight,
         }
+        self.reconstruction = RECONSTRUCTION_LOSSES[reconstruction_loss]
         self.perceptual = perceptual
         self.discriminator = discriminator
         self.draws = draws
@@ -53,7 +58,7 @@ class ImageObjective:
     def losses(self, batch: dict[str, torch.Tensor], reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
         """The losses of a batch of [`PatchDataset`] and what the VAE makes of it, (N, 1, X, Y, Z)."""
         image = batch["image"]
-        losses = {"reconstruction_loss": F.l1_loss(reconstruction, image)}
+        losses = {"reconstruction_loss": self.reconstruction(reconstruction, image)}
         if self.perceptual is not None:
             losses["perceptual_loss"] = self.perceptual(reconstruction, image, self.draws(batch, "perceptual"))
         if self.discriminator is not None:

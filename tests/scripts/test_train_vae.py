@@ -87,6 +87,21 @@ def test_interrupted(train_vae, volumes, trained, tmp_path):
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes(), name
 
 
+def reconstruct(volumes):
+    """The middles of the training cases, (4, 1, 24, 24, 24), and what the VAE makes of them in the first step."""
+    cases, _ = split_fold(read_data_list(volumes / "list.json").cases, 0)
+    dataset = PatchDataset(cases, 24, augmentation="none")
+    image = torch.stack([dataset[i]["image"] for i in range(4)])
+    with torch.no_grad():
+        vae = AutoencoderKLMaisi.from_pretrained(volumes / "vae")
+        posterior = vae.encode(image).latent_dist
+        draws = [
+            torch.randn(posterior.mean.shape[1:], generator=case_generator(0, 0, i, "posterior")) for i in range(4)
+        ]
+        reconstruction = vae.decode(posterior.mean + posterior.std * torch.stack(draws)).sample
+    return image, reconstruction
+
+
 def test_without_discriminator(train_vae, volumes, tmp_path):
     vae = ["--vae_model_name_or_path", volumes / "vae"]
     options = ["--adversarial_weight", 0, "--kl_weight", 0.5, "--patch_size", 16, "--max_train_steps", 1]
@@ -95,6 +110,16 @@ def test_without_discriminator(train_vae, volumes, tmp_path):
     assert line.keys() == {"step", "loss", "reconstruction_loss", "kl_loss"}
     assert line["loss"] == pytest.approx(line["reconstruction_loss"] + 0.5 * line["kl_loss"], rel=1e-5)
     assert not (tmp_path / "discriminator").exists()
+
+
+@pytest.mark.parametrize(("loss", "mean"), [("l1", np.abs), ("l2", np.square)])
+def test_reconstruction_loss(train_vae, volumes, tmp_path, loss, mean):
+    options = ["--vae_model_name_or_path", volumes / "vae", "--adversarial_weight", 0, "--augmentation", "none"]
+    options += ["--reconstruction_loss", loss, "--patch_size", 24, "--train_batch_size", 4, "--max_train_steps", 1]
+    run(train_vae, *on_volumes(volumes, tmp_path, *options))
+    (line,) = read_log(tmp_path / "log.jsonl")
+    image, reconstruction = reconstruct(volumes)
+    assert line["reconstruction_loss"] == pytest.approx(mean((reconstruction - image).numpy()).mean(), rel=1e-4)
 
 
 def test_new_vae_and_old_discriminator(train_vae, volumes, trained, tmp_path):
@@ -120,16 +145,7 @@ def test_discriminator_learns_from_its_own_loss_alone(train_vae, volumes, traine
     options = ["--augmentation", "none", "--patch_size", 24, "--train_batch_size", 4, "--max_train_steps", 1]
     run(train_vae, *on_volumes(volumes, tmp_path, *source, *options, "--adversarial_weight", 1000))
 
-    cases, _ = split_fold(read_data_list(volumes / "list.json").cases, 0)
-    dataset = PatchDataset(cases, 24, augmentation="none")
-    image = torch.stack([dataset[i]["image"] for i in range(4)])
-    with torch.no_grad():
-        vae = AutoencoderKLMaisi.from_pretrained(volumes / "vae")
-        posterior = vae.encode(image).latent_dist
-        draws = [
-            torch.randn(posterior.mean.shape[1:], generator=case_generator(0, 0, i, "posterior")) for i in range(4)
-        ]
-        reconstruction = vae.decode(posterior.mean + posterior.std * torch.stack(draws)).sample
+    image, reconstruction = reconstruct(volumes)
     discriminator = MaisiPatchDiscriminator.from_pretrained(trained / "discriminator")
     losses = adversarial_loss(discriminator(reconstruction), False), adversarial_loss(discriminator(image), True)
     (sum(losses) / 2).backward()
