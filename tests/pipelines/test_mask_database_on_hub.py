@@ -146,6 +146,21 @@ def test_only_what_is_needed_when_it_is_needed(hub, process, tmp_path, downloads
         assert saved.mask_database.load(entry).shape == entry.dim
 
 
+@pytest.mark.slow
+def test_two_processes_that_open_the_same_zip_at_once(hub, process, tmp_path, downloads):
+    """The archive is downloaded once, and both read it."""
+    options = {"cache_dir": str(tmp_path / "cache")}
+    with process_on(hub, tmp_path / "home") as other:
+        for one in (process, other):
+            one.submit(run, "load", "MaisiCTPipeline", ZIP, options).result()
+        downloads()
+        both = [one.submit(run, "look up", "MaisiCTPipeline", ZIP, options) for one in (process, other)]
+        assert [one.result() for one in both] == [[0, 23, 28, 115, 200]] * 2
+    archives = [path for _, path in hub.downloads if path.endswith(".zip")]
+    assert archives == ["mask_database/masks.zip"]
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
 @pytest.mark.parametrize("class_name", ["MaisiCTPipeline", "DiffusionPipeline"])
 def test_repository_without(hub, process, tmp_path, downloads, class_name):
     options = {"cache_dir": str(tmp_path)}
