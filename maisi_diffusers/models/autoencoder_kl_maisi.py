@@ -1,11 +1,12 @@
 """The variational autoencoder of MAISI, for images and for label maps."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from numbers import Real
 
 import torch
-import torch.nn.functional as F
+from accelerate.utils import convert_file_size_to_int
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
@@ -13,182 +14,10 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .exact_tiling import ExactTiling
 from .modeling_maisi import MaisiModelMixin
-from .unet_3d_blocks_maisi import MaisiBlock3D, expand_to_levels
-
-# Planes of a volume whose outputs are compared at once. A volume of 256^3 has 8 GB of the mask VAE's 125 outputs.
-CLASS_SLAB = 16
-
-
-class MaisiVaeResnetBlock3D(nn.Module):
-    """Residual block: norm, SiLU, convolution, twice."""
-
-    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: int, norm_eps: float):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
-        self.conv1 = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
-        self.conv_shortcut = (
-            nn.Conv3d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(N, in_channels, X, Y, Z) -> (N, out_channels, X, Y, Z)."""
-        residual = hidden_states
-        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
-        hidden_states = self.conv2(F.silu(self.norm2(hidden_states)))
-        if self.conv_shortcut is not None:
-            residual = self.conv_shortcut(residual)
-        return residual + hidden_states
-
-
-class MaisiVaeDownsample3D(nn.Module):
-    """Strided convolution on an input padded by 0 before and 1 after on every axis."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv3d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(N, C, X, Y, Z) -> (N, C, X/2, Y/2, Z/2)."""
-        return self.conv(F.pad(hidden_states, (0, 1) * 3))
-
-
-class MaisiVaeUpsample3D(nn.Module):
-    """Doubling of every axis: trilinear and a convolution, or a transposed convolution."""
-
-    def __init__(self, channels: int, use_conv_transpose: bool):
-        super().__init__()
-        self.use_conv_transpose = use_conv_transpose
-        if use_conv_transpose:
-            self.conv = nn.ConvTranspose3d(channels, channels, kernel_size=3, stride=2, padding=1, output_padding=1)
-        else:
-            self.conv = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(N, C, X, Y, Z) -> (N, C, 2X, 2Y, 2Z)."""
-        if not self.use_conv_transpose:
-            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="trilinear", align_corners=False)
-        return self.conv(hidden_states)
-
-
-class MaisiVaeBlock3D(MaisiBlock3D):
-    """One level of the encoder or the decoder: resnet blocks, then a down- or an upsampler (or none)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_layers: int,
-        norm_num_groups: int,
-        norm_eps: float,
-        resampler: nn.Module | None,
-    ):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            MaisiVaeResnetBlock3D(in_channels if i == 0 else out_channels, out_channels, norm_num_groups, norm_eps)
-            for i in range(num_layers)
-        )
-        self.resampler = resampler
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(N, in_channels, X, Y, Z) -> (N, out_channels, ...) at half, the same or twice the resolution."""
-        for resnet in self.resnets:
-            hidden_states = self.run(resnet, hidden_states)
-        if self.resampler is not None:
-            hidden_states = self.run(self.resampler, hidden_states)
-        return hidden_states
-
-
-class MaisiEncoder3D(nn.Module):
-    """Image to latent features. The last norm is followed by the convolution directly, without activation."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        latent_channels: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: tuple[int, ...],
-        norm_num_groups: int,
-        norm_eps: float,
-    ):
-        super().__init__()
-        levels = len(block_out_channels)
-        self.conv_in = nn.Conv3d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            MaisiVaeBlock3D(
-                block_out_channels[max(i - 1, 0)],
-                block_out_channels[i],
-                layers_per_block[i],
-                norm_num_groups,
-                norm_eps,
-                resampler=MaisiVaeDownsample3D(block_out_channels[i]) if i < levels - 1 else None,
-            )
-            for i in range(levels)
-        )
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[-1], eps=norm_eps)
-        self.conv_out = nn.Conv3d(block_out_channels[-1], latent_channels, kernel_size=3, padding=1)
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """(N, in_channels, X, Y, Z) -> (N, latent_channels, X/4, Y/4, Z/4) for three levels."""
-        sample = self.conv_in(sample)
-        for block in self.down_blocks:
-            sample = block(sample)
-        return self.conv_out(self.conv_norm_out(sample))
-
-
-class MaisiDecoder3D(nn.Module):
-    """Latent to image. The last norm is followed by the convolution directly, without activation."""
-
-    def __init__(
-        self,
-        latent_channels: int,
-        out_channels: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: tuple[int, ...],
-        norm_num_groups: int,
-        norm_eps: float,
-        use_conv_transpose: bool,
-    ):
-        super().__init__()
-        levels = len(block_out_channels)
-        self.conv_in = nn.Conv3d(latent_channels, block_out_channels[-1], kernel_size=3, padding=1)
-        self.up_blocks = nn.ModuleList(
-            MaisiVaeBlock3D(
-                block_out_channels[min(i + 1, levels - 1)],
-                block_out_channels[i],
-                layers_per_block[i],
-                norm_num_groups,
-                norm_eps,
-                resampler=MaisiVaeUpsample3D(block_out_channels[i], use_conv_transpose) if i > 0 else None,
-            )
-            for i in reversed(range(levels))
-        )
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
-        self.conv_out = nn.Conv3d(block_out_channels[0], out_channels, kernel_size=3, padding=1)
-
-    def forward(self, sample: torch.Tensor, return_classes: bool = False) -> torch.Tensor:
-        """
-        (N, latent_channels, X, Y, Z) -> (N, out_channels, 4X, 4Y, 4Z) for three levels; with `return_classes` the
-        index of the largest of these outputs instead, int16 (N, 1, 4X, 4Y, 4Z).
-        """
-        sample = self.conv_in(sample)
-        for block in self.up_blocks:
-            sample = block(sample)
-        sample = self.conv_norm_out(sample)
-        return self.classify(sample) if return_classes else self.conv_out(sample)
-
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """The last convolution and the index of the largest output, one slab along X after the other."""
-        classes = []
-        for start in range(0, features.shape[2], CLASS_SLAB):
-            # The planes before and behind a slab are what its outermost ones see of the rest.
-            first = max(start - 1, 0)
-            outputs = self.conv_out(features[:, :, first : start + CLASS_SLAB + 1])
-            slab = outputs[:, :, start - first :][:, :, :CLASS_SLAB]
-            classes.append(slab.argmax(dim=1, keepdim=True).to(torch.int16))
-        return torch.cat(classes, dim=2)
+from .unet_3d_blocks_maisi import expand_to_levels
+from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D, class_of_largest
 
 
 class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin):
@@ -249,6 +78,7 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
         self.spatial_compression_ratio = 2 ** (len(block_out_channels) - 1)
         self.use_slicing = False
         self.use_tiling = False
+        self.exact_tiling = None
         self.tile_sample_size = (256, 256, 256)
         self.tile_overlap = 0.25
 
@@ -278,8 +108,35 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
                 raise ValueError(f"tile_overlap={tile_overlap} is not allowed: give a part from 0 to less than 1")
             self.tile_overlap = tile_overlap
         self.use_tiling = True
+        self.exact_tiling = None
+
+    def enable_exact_tiling(self, memory: int | str = "4GiB", folder: str | os.PathLike | None = None) -> None:
+        r"""
+        Encode and decode in slabs along X with the result of the whole, but for rounding: convolutions see their true
+        neighbours, and group norms the statistics of the whole volume. For inference; gradients need the whole.
+
+        Args:
+            memory: what features may take at once, in bytes or as `"4GiB"`. At least some planes of the volume are
+                in memory, however little that is.
+            folder: where a scratch file is made when what is kept from layer to layer does not fit into the memory;
+                the system's for temporary files if not given. It takes up to twice the features of the finest level.
+        """
+        size = convert_file_size_to_int(memory)
+        if size <= 0:
+            raise ValueError(f'memory={memory!r} is not allowed: give a positive number of bytes, or e.g. "4GiB"')
+        if folder is not None and not os.path.isdir(folder):
+            raise FileNotFoundError(f"there is no folder {str(folder)!r} for a scratch file: make it or leave it out")
+        self.exact_tiling = ExactTiling(size, folder)
+        self.use_tiling = False
+
+    def disable_tiling(self) -> None:
+        """Encode and decode in one piece."""
+        super().disable_tiling()
+        self.exact_tiling = None
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        if self.exact_tiling is not None:
+            return self.quant_conv(torch.cat([self.exact_tiling.run(self.encoder, one) for one in x.split(1)]))
         if self.use_tiling and any(size > tile for size, tile in zip(x.shape[2:], self.tile_sample_size)):
             return self._tiled(self._encode_tile, x, self.tile_sample_size, (1, self.spatial_compression_ratio))
         return self._encode_tile(x)
@@ -288,6 +145,9 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
         return self.quant_conv(self.encoder(x))
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        if self.exact_tiling is not None:
+            z = self.post_quant_conv(z)
+            return torch.cat([self.exact_tiling.run(self.decoder, one) for one in z.split(1)])
         tile_latent_size = tuple(size // self.spatial_compression_ratio for size in self.tile_sample_size)
         if self.use_tiling and any(size > tile for size, tile in zip(z.shape[2:], tile_latent_size)):
             return self._tiled(self._decode_tile, z, tile_latent_size, (self.spatial_compression_ratio, 1))
@@ -417,6 +277,8 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
         return torch.cat([self._decode_classes(z_slice) for z_slice in z.split(1)])
 
     def _decode_classes(self, z: torch.Tensor) -> torch.Tensor:
+        if self.exact_tiling is not None:
+            return self.exact_tiling.run(self.decoder, self.post_quant_conv(z), finish=class_of_largest)
         ratio = self.spatial_compression_ratio
         tile_latent_size = tuple(size // ratio for size in self.tile_sample_size)
         if not self.use_tiling or all(size <= tile for size, tile in zip(z.shape[2:], tile_latent_size)):

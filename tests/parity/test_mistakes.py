@@ -10,7 +10,12 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 
 from maisi_diffusers.loaders import maisi_checkpoint
-from maisi_diffusers.models import autoencoder_kl_maisi, unet_3d_blocks_maisi, upsample_conv_maisi
+from maisi_diffusers.models import (
+    autoencoder_kl_maisi,
+    unet_3d_blocks_maisi,
+    upsample_conv_maisi,
+    vae_blocks_maisi,
+)
 from maisi_diffusers.models.attention_maisi import MaisiAttention, MaisiAttnProcessor, MaisiTransformerBlock
 from maisi_diffusers.pipelines import MaisiCTPipeline
 
@@ -86,18 +91,18 @@ def align_corners(pipe, monkeypatch):
     def interpolate(x, scale_factor, mode, align_corners):
         return F.interpolate(x, scale_factor=scale_factor, mode=mode, align_corners=True)
 
-    monkeypatch.setattr(autoencoder_kl_maisi, "F", Functional(interpolate=interpolate))
+    monkeypatch.setattr(vae_blocks_maisi, "F", Functional(interpolate=interpolate))
 
 
 def nearest_in_vae(pipe, monkeypatch):
     def interpolate(x, scale_factor, mode, align_corners):
         return F.interpolate(x, scale_factor=scale_factor, mode="nearest")
 
-    monkeypatch.setattr(autoencoder_kl_maisi, "F", Functional(interpolate=interpolate))
+    monkeypatch.setattr(vae_blocks_maisi, "F", Functional(interpolate=interpolate))
 
 
 def symmetric_padding_in_vae(pipe, monkeypatch):
-    monkeypatch.setattr(autoencoder_kl_maisi, "F", Functional(pad=lambda x, padding: F.pad(x, (1, 0) * 3)))
+    monkeypatch.setattr(vae_blocks_maisi, "F", Functional(pad=lambda x, padding: F.pad(x, (1, 0) * 3)))
 
 
 def activation_before_the_last_convolution(pipe, monkeypatch):
