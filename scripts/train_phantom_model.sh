@@ -30,15 +30,20 @@ phantoms phantoms 0 480 --other_spacings 0.25 --tumors 0.4 --num_folds 24
 phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 --body_region chest abdomen
 
 # 2. Images: the VAE, the UNet on its latents, the ControlNet for that UNet.
-# The VAE learns edges from small patches, and then from thick slabs what its group norms see in a whole volume.
+# The VAE begins with small patches, of which a step takes little time, and goes on with thick slabs, in which its group
+# norms see what they see in a whole volume. At the published weight of the divergence (1e-7, made for more and larger
+# patches) half of a latent would be noise, and by the mean of the errors that of the CTs would outweigh the bones.
 image_vae() { # output folder, options
     train train_vae "$1" --data_list "$work/phantoms/dataset.json" --augmentation crop --cached_cases 460 \
         --learning_rate 3e-4 --perceptual_weight 0 --adversarial_weight 0 "${@:2}"
 }
+slabs="--patch_size 128 128 32 --patches_per_case 2 --lr_warmup_steps 10"
 image_vae vae-patches --vae_config_name_or_path "$configs/vae.json" --patch_size 48 --patches_per_case 4 \
     --max_train_steps 1800 --lr_scheduler constant_with_warmup
-image_vae vae --vae_model_name_or_path "$work/vae-patches" --patch_size 128 128 32 --patches_per_case 2 \
-    --max_train_steps 900 --lr_warmup_steps 10
+image_vae vae-slabs --vae_model_name_or_path "$work/vae-patches" $slabs --max_train_steps 900
+image_vae vae-sure --vae_model_name_or_path "$work/vae-slabs" $slabs --max_train_steps 800 --kl_weight 1e-8
+image_vae vae --vae_model_name_or_path "$work/vae-sure" $slabs --max_train_steps 1000 --kl_weight 1e-10 \
+    --reconstruction_loss l2
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \
