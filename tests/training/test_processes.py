@@ -80,7 +80,7 @@ def test_same_losses(outputs, name):
     for line, expected in zip(two, one, strict=True):
         assert line.keys() == expected.keys()
         for key, value in line.items():  # medians of whole HU
-            assert value == pytest.approx(expected[key], rel=1e-5, abs=1 if key.startswith("hu/") else 1e-5), key
+            assert value == pytest.approx(expected[key], rel=1e-4, abs=1 if key.startswith("hu/") else 1e-5), key
     settings = [json.loads((outputs / number / name / "args.json").read_text()) for number in ("one", "two")]
     assert [values["num_processes"] for values in settings] == [1, 2]
 
