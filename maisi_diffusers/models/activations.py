@@ -30,7 +30,8 @@ class Activations:
         folder: str | os.PathLike | None = None,
     ):
         self.channels, self.size, self.dtype, self.device = channels, tuple(size), dtype, device
-        self.plane_bytes = channels * math.prod(size[1:]) * dtype.itemsize
+        self.plane_values = channels * math.prod(size[1:])
+        self.plane_bytes = self.plane_values * dtype.itemsize
         self.file = self.memory = None
         if folder is None:
             self.memory = torch.empty((*self.size, channels), dtype=dtype)
@@ -58,7 +59,7 @@ class Activations:
             slab = torch.empty((stop - start, *self.size[1:], self.channels), dtype=self.dtype)
             _transfer(os.preadv, self.file.fileno(), slab, start * self.plane_bytes)
             slab = slab.to(self.device)
-        return slab.permute(3, 0, 1, 2)[None]
+        return slab[None].permute(0, 4, 1, 2, 3)  # in this order torch knows the memory format
 
     def write(self, start: int, slab: torch.Tensor) -> None:
         """Planes from start on, (1, C, x, Y, Z)."""

@@ -27,8 +27,9 @@ from .vae_blocks_maisi import (
     MaisiVaeUpsample3D,
 )
 
-# Slabs at once: the one that is read, padded, convolved, the residual, and what the convolution itself takes.
-SLABS_AT_ONCE = 5
+# Slabs at once, in float32, which statistics are made in: what is read, padded and convolved, the residual, deviations
+# from the mean, and what the convolution itself takes. Measured.
+SLABS_AT_ONCE = 6
 
 
 class ExactTiling:
@@ -102,9 +103,9 @@ class ExactTiling:
             fits = kept <= psutil.virtual_memory().available / 2
         self.for_slabs, self.where = (left, None) if fits else (self.memory, self.folder)
 
-    def slabs(self, size: tuple[int, int, int], plane_bytes: int, multiple: int = 1) -> Iterator[slice]:
+    def slabs(self, size: tuple[int, int, int], plane_values: float, multiple: int = 1) -> Iterator[slice]:
         """Cuts along X: as thick as the memory lets, each a multiple of some planes."""
-        planes = int(self.for_slabs // (plane_bytes * SLABS_AT_ONCE)) - 2
+        planes = int(self.for_slabs // (plane_values * torch.float32.itemsize * SLABS_AT_ONCE)) - 2
         thickness = max(planes // multiple, 1) * multiple
         for start in range(0, size[0], thickness):
             yield slice(start, min(start + thickness, size[0]))
@@ -134,8 +135,8 @@ class ExactTiling:
         activate: bool = False,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """First plane and slab after slab of norm, SiLU and convolution, as far as they are wanted."""
-        plane_bytes = source.plane_bytes * max(1, out_channels(conv) / source.channels)
-        for planes in self.slabs(source.size, plane_bytes):
+        plane_values = source.plane_values * max(1, out_channels(conv) / source.channels)
+        for planes in self.slabs(source.size, plane_values):
             slab = source.read(max(planes.start - 1, 0), min(planes.stop + 1, source.size[0]))
             if statistics is not None:
                 slab = statistics.normalize(slab)
@@ -167,10 +168,10 @@ class ExactTiling:
         is_up = isinstance(resampler, MaisiVaeUpsample3D)
         of_slab = upsampled if is_up else downsampled
         # The finer grid has four times the voxels of a plane; downsampling has two planes of it for one.
-        plane_bytes = source.plane_bytes * (4 if is_up else 2)
+        plane_values = source.plane_values * (4 if is_up else 2)
 
         def slabs() -> Iterator[tuple[int, torch.Tensor]]:
-            for planes in self.slabs(size, plane_bytes, multiple=2):
+            for planes in self.slabs(size, plane_values, multiple=2):
                 yield planes.start, of_slab(resampler, source, planes)
 
         return self.keep(slabs(), size, norm)
@@ -215,8 +216,11 @@ def convolve_slab(conv: nn.Module, slab: torch.Tensor, is_first: bool, is_last: 
     )
     if not is_plain:  # an adapter or a hook
         return conv(slab)[:, :, 0 if is_first else 1 : slab.shape[2] if is_last else -1]
-    slab = F.pad(slab, (0, 0, 0, 0, int(is_first), int(is_last)))
-    return F.conv3d(slab, conv.weight, conv.bias, padding=(0, 1, 1))
+    if is_first or is_last:
+        slab = F.pad(slab, (0, 0, 0, 0, int(is_first), int(is_last)))
+    # The result has the channels of a voxel side by side if the weight has.
+    weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
+    return F.conv3d(slab, weight, conv.bias, padding=(0, 1, 1))
 
 
 def out_channels(conv: nn.Module) -> int:
