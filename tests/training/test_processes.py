@@ -79,8 +79,11 @@ def test_same_losses(outputs, name):
     assert one[0].keys() == {"step", *parts[name]}
     for line, expected in zip(two, one, strict=True):
         assert line.keys() == expected.keys()
-        for key, value in line.items():  # medians of whole HU
-            assert value == pytest.approx(expected[key], rel=1e-4, abs=1 if key.startswith("hu/") else 1e-5), key
+        for key, value in line.items():
+            # Rounding grows from step to step, most in what two networks that learn from each other say.
+            rel = 5e-3 if key in ("adversarial_loss", "discriminator_loss") else 3e-4
+            absolute = 1 if key.startswith("hu/") else 1e-5  # medians of whole HU
+            assert value == pytest.approx(expected[key], rel=rel, abs=absolute), key
     settings = [json.loads((outputs / number / name / "args.json").read_text()) for number in ("one", "two")]
     assert [values["num_processes"] for values in settings] == [1, 2]
 
