@@ -62,7 +62,7 @@ BRIGHT = [
 ]
 # And where gas is, as dark as lung.
 GASSY = ["trachea", "airway", "esophagus", "stomach", "duodenum", "small bowel", "colon", "colon cancer primaries"]
-BONE_HU, LUNG_HU = 130, -500  # the best on the phantoms' own CTs
+BONE_HU, LUNG_HU = 150, -500  # of bone the best on phantoms' own CTs, of 90 to 170 HU
 # Lowest and highest HU of each.
 TISSUES = {
     "air": (-2000, -950),

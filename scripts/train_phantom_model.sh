@@ -32,7 +32,7 @@ phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 
 # 2. Images: the VAE, the UNet on its latents, the ControlNet for that UNet.
 # The VAE begins with small patches, of which a step takes little time, and goes on with thick slabs, in which its group
 # norms see what they see in a whole volume. At the published weight of the divergence (1e-7, made for more and larger
-# patches) half of a latent would be noise, and by the mean of the errors that of the CTs would outweigh the bones.
+# patches) half of a latent would be noise; and in the mean of the errors the noise of the CTs would outweigh the bones.
 image_vae() { # output folder, options
     train train_vae "$1" --data_list "$work/phantoms/dataset.json" --augmentation crop --cached_cases 460 \
         --learning_rate 3e-4 --perceptual_weight 0 --adversarial_weight 0 "${@:2}"

@@ -3,7 +3,6 @@
 import math
 import os
 import tempfile
-from typing import Self
 
 import torch
 
@@ -36,20 +35,8 @@ class Activations:
         if folder is None:
             self.memory = torch.empty((*self.size, channels), dtype=dtype)
         else:
-            # Without a name: it is gone with the process, however that ends.
+            # Without a name: it is gone with this object or the process, however that ends.
             self.file = tempfile.TemporaryFile(dir=folder, buffering=0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the memory or the file back."""
-        self.memory = None
-        if self.file is not None:
-            self.file.close()
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Planes start to stop, (1, C, stop - start, Y, Z); a copy."""

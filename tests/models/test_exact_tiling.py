@@ -34,7 +34,7 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def compare(vae: AutoencoderKLMaisi, memory: str, batch: int = 1) -> None:
+def assert_same_in_slabs(vae: AutoencoderKLMaisi, memory: str, batch: int = 1) -> None:
     """Decode and encode in one piece and in slabs."""
     z = draw(batch, 4, *SIZE)
     x = draw(batch, vae.config.in_channels, *(vae.spatial_compression_ratio * n for n in SIZE))
@@ -53,11 +53,11 @@ def compare(vae: AutoencoderKLMaisi, memory: str, batch: int = 1) -> None:
     ids=["trilinear", "transposed", "four levels"],
 )
 def test_equal(config, memory):
-    compare(make_vae(**config), memory)
+    assert_same_in_slabs(make_vae(**config), memory)
 
 
 def test_batch():
-    compare(make_vae(), "200KB", batch=2)
+    assert_same_in_slabs(make_vae(), "200KB", batch=2)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -95,7 +95,7 @@ def test_adapters_and_hooks(is_hooked):
     else:
         peft = pytest.importorskip("peft")
         vae.add_adapter(peft.LoraConfig(r=2, target_modules=["conv1", "conv2", "conv"], init_lora_weights=False))
-    compare(vae, "200KB")
+    assert_same_in_slabs(vae, "200KB")
 
 
 @torch.no_grad()
