@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..anatomy import region_of_word
-from ..imaging import modality_names
+from ..imaging import modality_code, modality_names
 
 Grid = tuple[tuple[int, int, int], tuple[float, float, float]]
 
@@ -80,19 +80,23 @@ def recommended_mr_fovs(fovs: dict, modality: int, regions: Iterable[int] | None
     Fields of view in mm that suit a modality and regions.
 
     Args:
-        fovs: the model's own, see `MR_FOVS`.
+        fovs: the model's own, see `MR_FOVS`, in any order.
         modality: its code. One without a contrast (MR, unknown) goes with any.
         regions: 0..3; `None` goes with any.
+
+    Returns:
+        By modality's code, then region from the head down.
     """
     names = modality_names(modality)
     wanted = None if regions is None else set(regions)
-    return [
-        fov
+    suitable = [
+        (modality_code(name), region_of_word(word), some)
         for name, by_word in fovs.items()
         for word, some in by_word.items()
-        for fov in some
         if (name in names or not names) and (wanted is None or wanted == {region_of_word(word)})
     ]
+    # A saved config has its keys in alphabetical order: the order is not left to it, since the first one is used.
+    return [fov for _, _, some in sorted(suitable, key=lambda one: one[:2]) for fov in some]
 
 
 def describe_unusual_mr_fov(

@@ -10,8 +10,8 @@ import torch
 from maisi_diffusers import MaisiCTPipeline
 from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, DUMMIES, LABELS
 from maisi_diffusers.cli.memory import estimate_memory
-from maisi_diffusers.pipelines.input_rules import CT_RULES
-from maisi_diffusers.pipelines.recommended_grids import RECOMMENDED_CT_GRIDS
+from maisi_diffusers.pipelines.input_rules import CT_RULES, MR_RULES
+from maisi_diffusers.pipelines.recommended_grids import MR_FOVS, RECOMMENDED_CT_GRIDS
 from tests.hub_server import HubServer, process_on
 from tests.tiny import SIZE, SPACING, make_pipeline
 
@@ -82,6 +82,21 @@ def test_rules_of_the_published_models_and_a_new_class(tmp_path):
         "for 512 x 512 x 512 voxels",
         "(an estimate)",
     ):
+        assert part in text, part
+
+
+def test_of_an_mr_model(tmp_path):
+    pipe = make_pipeline(with_mask_networks=False)
+    pipe.register_modules(controlnet=None)
+    fovs = MR_FOVS["rflow-mr-brain"]
+    pipe.register_to_config(modality="mri", input_rules=MR_RULES, recommended_fovs=fovs, guidance_scale=2.0)
+    pipe.save_pretrained(tmp_path / "model")
+    facts = run_json("info", tmp_path / "model")
+    assert (facts["modality"], facts["guidance_scale"], facts["recommended_fovs"]) == ("mri", 2.0, fovs)
+    assert facts["label_map_from"] == ["--image-only"] and facts["recommended_grids"] == []
+
+    text = " ".join(run("info", tmp_path / "model").stdout.split())
+    for part in ("makes mri in 2 steps", "mri_swi: head 230 x 230 x 145 or 140 x 230 x 230 or 230 x 155 x 230 mm"):
         assert part in text, part
 
 

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from maisi_diffusers import MaisiMaskDatabase
+from maisi_diffusers import MaisiCTPipeline, MaisiMaskDatabase
 from maisi_diffusers.imaging import modality_code
 from maisi_diffusers.pipelines.input_rules import CT_RULES, MR_RULES, check_grid
 from maisi_diffusers.pipelines.recommended_grids import (
@@ -78,6 +78,18 @@ def test_what_suits_mr(version, regions, modality, fov):
     size, spacing = pipe.choose_grid(regions, modality_code(modality), None, None)
     check_grid(size, spacing, pipe.size_multiple, MR_RULES)
     assert np.multiply(size, spacing) == pytest.approx(fov)
+
+
+@pytest.mark.parametrize("version", MR_FOVS)
+def test_what_suits_mr_is_the_same_after_saving(version, tmp_path):
+    """JSON has names in alphabetical order."""
+    pipe = make_mr(version)
+    pipe.save_config(tmp_path)
+    saved = MaisiCTPipeline.load_config(tmp_path)["recommended_fovs"]
+    assert saved == MR_FOVS[version] and list(saved) != list(MR_FOVS[version])
+    grids = [pipe.choose_grid(None, modality_code(modality), None, None) for modality in ("mri", "t1", "t2")]
+    pipe.register_to_config(recommended_fovs=saved)
+    assert grids == [pipe.choose_grid(None, modality_code(modality), None, None) for modality in ("mri", "t1", "t2")]
 
 
 def test_every_mr_recommendation_is_within_the_rules():
