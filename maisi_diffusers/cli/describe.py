@@ -74,7 +74,6 @@ def describe(model: Model, output_size: tuple[int, int, int] | None) -> dict:
         "memory": {
             "output_size": list(size),
             "bytes": round(estimate_memory(pipe, size)),
-            "bytes_with_tiling": round(estimate_memory(pipe, size, tiling=True)),
         },
     }
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..loaders import VERSIONS
+from ..models import TILINGS
 from ..training.encode_dataset import DTYPES, POSTERIORS, encode
 
 
@@ -48,8 +49,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of a --vae on the Hub")
     parser.add_argument("--variant", help="variant of the weights in diffusers' layout, e.g. fp16")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what to compute in")
-    parser.add_argument("--tile_sample_size", type=int, nargs="+", help="encode in tiles of this size, 1 or 3 numbers")
-    parser.add_argument("--tile_overlap", type=float, help="encode in tiles that share this part with the next")
+    parser.add_argument(
+        "--tiling",
+        choices=TILINGS,
+        default="auto",
+        help="slabs: by the memory there is, off, with the same latents, or with nearly the same and less memory",
+    )
 
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size_multiple", type=int, default=128, help="resize to the nearest multiple along each axis")

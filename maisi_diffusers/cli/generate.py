@@ -164,8 +164,15 @@ def generate(
         ),
     ] = "auto",
     tiling: Annotated[
-        bool, option(MODEL, "--tiling", help="Decode in tiles: less memory, nearly the same image.")
-    ] = False,
+        Literal["auto", "off", "exact", "fast"],
+        option(
+            MODEL,
+            metavar="NAME",
+            show_default=True,
+            help="Slabs of the decoder: auto (by the memory there is), off (one piece), exact (the same image), fast "
+            "(nearly the same, and less is kept).",
+        ),
+    ] = "auto",
     output: Annotated[
         Path,
         option(

@@ -10,9 +10,9 @@ from diffusers.utils import logging
 
 from ..anatomy import BODY, label_colours, legend_names
 from ..imaging import WINDOWS, is_ct, modality_code, save_preview
+from ..models import TILINGS
 from ..pipelines import MaisiCTPipeline, MaisiCTPipelineOutput
 from .devices import pick_device, pick_dtype
-from .memory import memory_warning
 from .models import Model, load_pipeline
 from .outputs import Outputs, publish_outputs, staging
 from .progress import Stages
@@ -28,7 +28,7 @@ def generate_images(
     done: list[Outputs],
     device: str,
     dtype: str,
-    tiling: bool,
+    tiling: str,
     window: str,
     quiet: bool,
 ) -> list[dict]:
@@ -42,7 +42,7 @@ def generate_images(
         done: those of them that are there.
         device: a name for [`pick_device`].
         dtype: a name for [`pick_dtype`].
-        tiling: decode in tiles.
+        tiling: how the VAE decodes, one of [`TILINGS`].
         window: what the pictures of CTs show, one of [`WINDOWS`].
         quiet: say nothing.
 
@@ -62,12 +62,11 @@ def generate_images(
                     stages.begin("load")
                     pipe = load_pipeline(model, pick_dtype(dtype, device)).to(device)
                     pipe.set_progress_bar_config(disable=True)
-                    if tiling:
-                        pipe.vae.enable_tiling()
+                    TILINGS[tiling](pipe.vae)
                 start = time.monotonic()
                 output, messages = make_image(pipe, request, one.seed, stages)
                 stages.begin("write")
-                record = make_record(pipe, model, request, one, output, messages)
+                record = make_record(pipe, model, request, one, output, messages, tiling)
                 try:
                     write_image(staged, one, output, pipe, record, window)
                 except OSError as error:
@@ -98,8 +97,6 @@ def make_image(
     def tell(pipe: MaisiCTPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         if step == 0:
             stages.begin("denoise", pipe.num_timesteps)
-            if message := memory_warning(pipe, tensors["latents"]):
-                stages.warn(message)
         stages.step(step + 1, pipe.num_timesteps)
         if step + 1 == pipe.num_timesteps:
             stages.begin("decode")
@@ -118,7 +115,7 @@ def make_image(
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise MemoryError(
-                f"there is not enough memory on {pipe.device} for this size: try --tiling, or a smaller --output-size"
+                f"there is not enough memory on {pipe.device} for this size: try a smaller --output-size"
             ) from error
     return output, messages
 

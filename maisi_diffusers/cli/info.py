@@ -122,9 +122,8 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
             for region, fovs in by_region.items()
         )
         lines.append(("" if i else "fields of view", f"{modality}: {text}"))
-    needed, tiled = (f"{memory[key] / 1e9:.1f} GB" for key in ("bytes", "bytes_with_tiling"))
     size = size_text(memory["output_size"])
     lines.append(
-        ("memory", f"about {needed} on the CPU in float32 for {size} voxels, {tiled} with --tiling (an estimate)")
+        ("memory", f"about {memory['bytes'] / 1e9:.1f} GB on the CPU in float32 for {size} voxels (an estimate)")
     )
     return lines

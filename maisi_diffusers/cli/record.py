@@ -36,6 +36,7 @@ def make_record(
     outputs: Outputs,
     output: MaisiCTPipelineOutput,
     messages: list[str],
+    tiling: str,
 ) -> dict:
     """How an image was made and what is in it, as JSON has it; nothing in it changes when it is made again."""
     image, labels = output.images[0], None if output.labels is None else output.labels[0]
@@ -51,7 +52,7 @@ def make_record(
         "device": pipe.device.type,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "scheduler": type(pipe.scheduler).__name__,
-        "tiling": pipe.vae.use_tiling,
+        "tiling": tiling,
         "versions": {
             **{name: version(name) for name in ("maisi-diffusers", "torch", "diffusers")},
             "python": platform.python_version(),

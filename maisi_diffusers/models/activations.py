@@ -1,8 +1,11 @@
 """Activations of a whole volume, kept where there is room for them and read and written in slabs along X."""
 
+import copy
 import math
 import os
 import tempfile
+from collections.abc import Callable
+from typing import Self
 
 import torch
 
@@ -17,8 +20,10 @@ class Activations:
         channels, size: C and (X, Y, Z).
         dtype: of the features.
         device: where slabs are given to.
-        folder: where a scratch file is made for them; in the memory of the host if not given.
+        where: a device whose memory they are kept in, or a folder where a scratch file is made for them.
     """
+
+    halo = 1  # planes on either side that a layer depends on
 
     def __init__(
         self,
@@ -26,25 +31,46 @@ class Activations:
         size: tuple[int, int, int],
         dtype: torch.dtype,
         device: torch.device,
-        folder: str | os.PathLike | None = None,
+        where: torch.device | str | os.PathLike,
     ):
         self.channels, self.size, self.dtype, self.device = channels, tuple(size), dtype, device
-        self.plane_values = channels * math.prod(size[1:])
-        self.plane_bytes = self.plane_values * dtype.itemsize
+        self.first_value, self.stride = 0, channels * math.prod(size[1:])
+        self.spare: Self | None = None  # room for as much that belongs to these
         self.file = self.memory = None
-        if folder is None:
-            self.memory = torch.empty((*self.size, channels), dtype=dtype)
+        if isinstance(where, torch.device):
+            self.memory = torch.empty((size[0], self.stride), dtype=dtype, device=where)
         else:
             # Without a name: it is gone with this object or the process, however that ends.
-            self.file = tempfile.TemporaryFile(dir=folder, buffering=0)
+            self.file = tempfile.TemporaryFile(dir=where, buffering=0)
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Self:
+        """Of features (1, C, X, Y, Z) that are there already, kept where they are."""
+        activations = cls(x.shape[1], x.shape[2:], x.dtype, x.device, x.device)
+        activations.write(0, x)
+        return activations
+
+    def like(self, channels: int, where: torch.device | str | os.PathLike) -> Self:
+        """Room for others of the same size."""
+        return type(self)(channels, self.size, self.dtype, self.device, where)
+
+    def split(self, channels: int) -> tuple[Self, Self]:
+        """Room for two with so many channels each, in place of these: a plane of either takes that of a plane here."""
+        parts = copy.copy(self), copy.copy(self)
+        for i, part in enumerate(parts):
+            part.channels = channels
+            part.first_value = self.first_value + i * channels * math.prod(self.size[1:])
+        return parts
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Planes start to stop, (1, C, stop - start, Y, Z); a copy."""
+        """Planes start to stop, (1, C, stop - start, Y, Z); a view where they are kept on the device."""
+        shape = (*self.size[1:], self.channels)
         if self.file is None:
-            slab = self.memory[start:stop].to(self.device, copy=True)
+            planes = self.memory[start:stop, self.first_value : self.first_value + math.prod(shape)]
+            slab = planes.unflatten(1, shape).to(self.device)
         else:
-            slab = torch.empty((stop - start, *self.size[1:], self.channels), dtype=self.dtype)
-            _transfer(os.preadv, self.file.fileno(), slab, start * self.plane_bytes)
+            slab = torch.empty((stop - start, *shape), dtype=self.dtype)
+            self.transfer(os.preadv, slab, start)
             slab = slab.to(self.device)
         return slab[None].permute(0, 4, 1, 2, 3)  # in this order torch knows the memory format
 
@@ -52,16 +78,22 @@ class Activations:
         """Planes from start on, (1, C, x, Y, Z)."""
         planes = slab[0].permute(1, 2, 3, 0)
         if self.file is None:
-            self.memory[start : start + len(planes)] = planes
+            shape = planes.shape[1:]
+            kept = self.memory[start : start + len(planes), self.first_value : self.first_value + math.prod(shape)]
+            kept.unflatten(1, shape).copy_(planes)
         else:
-            _transfer(os.pwritev, self.file.fileno(), planes.cpu().contiguous(), start * self.plane_bytes)
+            self.transfer(os.pwritev, planes.cpu().contiguous(), start)
 
-
-def _transfer(function, file: int, planes: torch.Tensor, offset: int) -> None:
-    """Read into planes from an offset of a file, or write them there; the system may do it in parts."""
-    buffer = memoryview(planes.view(torch.uint8).numpy()).cast("B")
-    while buffer:
-        done = function(file, [buffer], offset)
-        if done == 0:
-            raise OSError("the scratch file of the activations has ended early: it was changed from outside")
-        buffer, offset = buffer[done:], offset + done
+    def transfer(
+        self, function: Callable[[int, list[memoryview], int], int], planes: torch.Tensor, start: int
+    ) -> None:
+        """Read planes from the file, or write them there; the system may do it in parts."""
+        itemsize = self.dtype.itemsize
+        for i, plane in enumerate(planes):
+            buffer = memoryview(plane.view(torch.uint8).numpy()).cast("B")
+            offset = ((start + i) * self.stride + self.first_value) * itemsize
+            while buffer:
+                done = function(self.file.fileno(), [buffer], offset)
+                if done == 0:
+                    raise OSError("the scratch file of the activations has ended early: it was changed from outside")
+                buffer, offset = buffer[done:], offset + done

@@ -1,9 +1,7 @@
 """The variational autoencoder of MAISI, for images and for label maps."""
 
-import itertools
 import os
-from collections.abc import Callable, Iterator
-from numbers import Real
+from typing import Literal
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -14,10 +12,11 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .exact_tiling import ExactTiling
 from .modeling_maisi import MaisiModelMixin
+from .slab_tiling import SlabTiling
+from .tiling_choice import choose_tiling
 from .unet_3d_blocks_maisi import expand_to_levels
-from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D, class_of_largest
+from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D
 
 
 class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin):
@@ -77,144 +76,69 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
 
         self.spatial_compression_ratio = 2 ** (len(block_out_channels) - 1)
         self.use_slicing = False
-        self.use_tiling = False
-        self.exact_tiling = None
-        self.tile_sample_size = (256, 256, 256)
-        self.tile_overlap = 0.25
+        self.tiling: SlabTiling | Literal["auto"] | None = "auto"
 
-    def enable_tiling(
-        self, tile_sample_size: int | tuple[int, int, int] | None = None, tile_overlap: float | None = None
-    ) -> None:
+    def enable_auto_tiling(self) -> None:
         r"""
-        Encode and decode in overlapping tiles, blended linearly where they overlap. Memory is bounded by the tile, but
-        every tile has group-norm statistics of its own, so the result is near the untiled one, not equal to it.
-
-        Args:
-            tile_sample_size: size of a tile in voxels of the image, one number or one an axis; a multiple of the
-                compression (4). 256 at first.
-            tile_overlap: part of a tile shared with its neighbour, 0 to less than 1. 0.25 at first.
+        Let every call choose by the memory that is there, as at first: in one piece if that fits, else as after
+        [`enable_exact_tiling`] if what that keeps fits, else as after [`enable_tiling`]. On the CPU slabs are also
+        faster than one piece and more precise, so there it is never one piece. Where gradients are wanted, and in a
+        compiled model, it is always.
         """
-        if tile_sample_size is not None:
-            sizes = (tile_sample_size,) * 3 if isinstance(tile_sample_size, Real) else tuple(tile_sample_size)
-            ratio = self.spatial_compression_ratio
-            if len(sizes) != 3 or any(size <= 0 or size % ratio for size in sizes):
-                raise ValueError(
-                    f"tile_sample_size={tile_sample_size} is not allowed: give positive multiples of {ratio} voxels, "
-                    "one number or three"
-                )
-            self.tile_sample_size = tuple(int(size) for size in sizes)
-        if tile_overlap is not None:
-            if not 0 <= tile_overlap < 1:
-                raise ValueError(f"tile_overlap={tile_overlap} is not allowed: give a part from 0 to less than 1")
-            self.tile_overlap = tile_overlap
-        self.use_tiling = True
-        self.exact_tiling = None
+        self.tiling = "auto"
 
-    def enable_exact_tiling(self, memory: int | str = "4GiB", folder: str | os.PathLike | None = None) -> None:
+    def enable_tiling(self, memory: int | str = "4GiB", folder: str | os.PathLike | None = None) -> None:
         r"""
-        Encode and decode in slabs along X with the result of the whole, but for rounding: convolutions see their true
-        neighbours, and group norms the statistics of the whole volume. For inference; gradients need the whole.
+        Encode and decode in slabs along X, without seams: convolutions see their true neighbours, and group norms have
+        the same statistics in every slab. On the finest level, the one whose features take the most memory, these are
+        made from some of its planes: the result is near that of the whole (of a CT, to less than 1 HU on average), and
+        a quarter of the features that [`enable_exact_tiling`] keeps are kept. For inference.
 
         Args:
             memory: what features may take at once, in bytes or as `"4GiB"`. At least some planes of the volume are
                 in memory, however little that is.
-            folder: where a scratch file is made when what is kept from layer to layer does not fit into the memory;
-                the system's for temporary files if not given. It takes up to twice the features of the finest level.
+            folder: where a scratch file is made when what is kept from layer to layer does not fit into the memory (of
+                a GPU, nor that of the host); the system's for temporary files if not given.
         """
+        self._enable_tiling(memory, folder, is_exact=False)
+
+    def enable_exact_tiling(self, memory: int | str = "4GiB", folder: str | os.PathLike | None = None) -> None:
+        r"""
+        Encode and decode in slabs along X with the result of the whole, but for rounding: group norms have the
+        statistics of the whole volume, for which up to two volumes of features of the finest level are kept. For
+        inference.
+
+        Args:
+            memory, folder: see [`enable_tiling`].
+        """
+        self._enable_tiling(memory, folder, is_exact=True)
+
+    def _enable_tiling(self, memory: int | str, folder: str | os.PathLike | None, is_exact: bool) -> None:
         size = convert_file_size_to_int(memory)
         if size <= 0:
             raise ValueError(f'memory={memory!r} is not allowed: give a positive number of bytes, or e.g. "4GiB"')
         if folder is not None and not os.path.isdir(folder):
             raise FileNotFoundError(f"there is no folder {str(folder)!r} for a scratch file: make it or leave it out")
-        self.exact_tiling = ExactTiling(size, folder)
-        self.use_tiling = False
+        self.tiling = SlabTiling(size, is_exact, folder)
 
     def disable_tiling(self) -> None:
         """Encode and decode in one piece."""
-        super().disable_tiling()
-        self.exact_tiling = None
+        self.tiling = None
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        if self.exact_tiling is not None:
-            return self.quant_conv(torch.cat([self.exact_tiling.run(self.encoder, one) for one in x.split(1)]))
-        if self.use_tiling and any(size > tile for size, tile in zip(x.shape[2:], self.tile_sample_size)):
-            return self._tiled(self._encode_tile, x, self.tile_sample_size, (1, self.spatial_compression_ratio))
-        return self._encode_tile(x)
+        return self.quant_conv(self.encoder(x, tiling=self._tiling_of(self.encoder, x)))
 
-    def _encode_tile(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quant_conv(self.encoder(x))
+    def _decode(self, z: torch.Tensor, return_classes: bool = False) -> torch.Tensor:
+        z = self.post_quant_conv(z)
+        return self.decoder(z, return_classes=return_classes, tiling=self._tiling_of(self.decoder, z))
 
-    def _decode(self, z: torch.Tensor) -> torch.Tensor:
-        if self.exact_tiling is not None:
-            z = self.post_quant_conv(z)
-            return torch.cat([self.exact_tiling.run(self.decoder, one) for one in z.split(1)])
-        tile_latent_size = tuple(size // self.spatial_compression_ratio for size in self.tile_sample_size)
-        if self.use_tiling and any(size > tile for size, tile in zip(z.shape[2:], tile_latent_size)):
-            return self._tiled(self._decode_tile, z, tile_latent_size, (self.spatial_compression_ratio, 1))
-        return self._decode_tile(z)
-
-    def _decode_tile(self, z: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.post_quant_conv(z))
-
-    def _tiled(
-        self,
-        function: Callable[[torch.Tensor], torch.Tensor],
-        x: torch.Tensor,
-        tile_size: tuple[int, int, int],
-        scale: tuple[int, int],
-    ) -> torch.Tensor:
-        """
-        Apply `function` to overlapping tiles of `x` and blend its results.
-
-        Args:
-            function: maps a tile to its result, whose axes are `scale[0] / scale[1]` times as long.
-            x (N, C, X, Y, Z): the whole input.
-            tile_size: size of a tile in voxels of `x`.
-            scale: numerator and denominator of the change in resolution.
-        """
-        output = total = None
-        for source, target, weight in self._tiles(x, tile_size, scale):
-            result = function(x[(..., *source)])
-            if output is None:
-                shape = [size * scale[0] // scale[1] for size in x.shape[2:]]
-                output = torch.zeros((*result.shape[:2], *shape), dtype=torch.float32, device=x.device)
-                total = torch.zeros(shape, dtype=torch.float32, device=x.device)
-            output[(..., *target)] += result * weight
-            total[target] += weight
-        return (output / total).to(result.dtype)
-
-    def _tiles(
-        self, x: torch.Tensor, tile_size: tuple[int, int, int], scale: tuple[int, int]
-    ) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...], torch.Tensor]]:
-        """
-        Overlapping tiles: the window of each in `x`, that in the result, and the weights of its voxels there, which
-        fall linearly towards each face.
-
-        The last tile of an axis is moved back to end with the volume, so that every tile has the full size: a sliver
-        would have group-norm statistics far from the rest.
-        """
-
-        def scaled(length: int) -> int:
-            return length * scale[0] // scale[1]
-
-        # Starts are multiples of the downsampling, so that every tile meets the same strides as the whole.
-        step = scale[1]
-        starts = []
-        tiles = tuple(min(tile, size) for tile, size in zip(tile_size, x.shape[2:]))
-        for tile, size in zip(tiles, x.shape[2:]):
-            stride = max(int(tile * (1 - self.tile_overlap)) // step, 1) * step
-            starts.append([*range(0, size - tile, stride), size - tile])
-
-        ramps = []
-        for tile in tiles:
-            position = torch.arange(scaled(tile), dtype=torch.float32, device=x.device)
-            ramps.append(torch.minimum(position + 1, scaled(tile) - position))
-        weight = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
-
-        for start in itertools.product(*starts):
-            source = tuple(slice(s, s + tile) for s, tile in zip(start, tiles))
-            target = tuple(slice(scaled(s), scaled(s + tile)) for s, tile in zip(start, tiles))
-            yield source, target, weight
+    def _tiling_of(self, network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
+        if self.tiling != "auto":
+            return self.tiling
+        is_compiled = torch.compiler.is_compiling() or network._compiled_call_impl is not None
+        if torch.is_grad_enabled() or is_compiled:
+            return None
+        return choose_tiling(network, x)
 
     @apply_forward_hook
     def encode(
@@ -271,27 +195,9 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
             z (N, latent_channels, X, Y, Z): the unscaled latent (divide by `config.scaling_factor` first).
 
         Returns:
-            int16 (N, 1, 4X, 4Y, 4Z) for three levels: the index of the largest output. Tiled, each voxel has it from
-            the tile in which it is farthest from the faces.
+            int16 (N, 1, 4X, 4Y, 4Z) for three levels: the index of the largest output.
         """
-        return torch.cat([self._decode_classes(z_slice) for z_slice in z.split(1)])
-
-    def _decode_classes(self, z: torch.Tensor) -> torch.Tensor:
-        if self.exact_tiling is not None:
-            return self.exact_tiling.run(self.decoder, self.post_quant_conv(z), finish=class_of_largest)
-        ratio = self.spatial_compression_ratio
-        tile_latent_size = tuple(size // ratio for size in self.tile_sample_size)
-        if not self.use_tiling or all(size <= tile for size, tile in zip(z.shape[2:], tile_latent_size)):
-            return self.decoder(self.post_quant_conv(z), return_classes=True)
-        shape = [size * ratio for size in z.shape[2:]]
-        classes = torch.zeros((1, 1, *shape), dtype=torch.int16, device=z.device)
-        nearest = torch.zeros(shape, device=z.device)
-        for source, target, weight in self._tiles(z, tile_latent_size, (ratio, 1)):
-            tile_classes = self.decoder(self.post_quant_conv(z[(..., *source)]), return_classes=True)
-            is_nearer = weight > nearest[target]
-            classes[(..., *target)] = torch.where(is_nearer, tile_classes, classes[(..., *target)])
-            nearest[target] = torch.maximum(weight, nearest[target])
-        return classes
+        return torch.cat([self._decode(one, return_classes=True) for one in z.split(1)])
 
     def forward(
         self,
@@ -312,3 +218,12 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
+
+
+TILINGS = {
+    "auto": AutoencoderKLMaisi.enable_auto_tiling,
+    "off": AutoencoderKLMaisi.disable_tiling,
+    "exact": AutoencoderKLMaisi.enable_exact_tiling,
+    "fast": AutoencoderKLMaisi.enable_tiling,
+}
+"""Names of the ways to run a VAE in slabs -> the method that enables each."""

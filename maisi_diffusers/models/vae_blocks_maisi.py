@@ -1,10 +1,15 @@
 """The blocks that the MAISI VAE is made of, its encoder and its decoder."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .unet_3d_blocks_maisi import MaisiBlock3D
+
+if TYPE_CHECKING:
+    from .slab_tiling import SlabTiling
 
 # Planes of a volume whose outputs are compared at once. A volume of 256^3 has 8 GB of the mask VAE's 125 outputs.
 CLASS_SLAB = 16
@@ -129,8 +134,10 @@ class MaisiEncoder3D(nn.Module):
         """Its levels in the order they run."""
         return self.down_blocks
 
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """(N, in_channels, X, Y, Z) -> (N, latent_channels, X/4, Y/4, Z/4) for three levels."""
+    def forward(self, sample: torch.Tensor, tiling: "SlabTiling | None" = None) -> torch.Tensor:
+        """(N, in_channels, X, Y, Z) -> (N, latent_channels, X/4, Y/4, Z/4) for three levels, in slabs by a tiling."""
+        if tiling is not None:
+            return torch.cat([tiling.encode(self, one) for one in sample.split(1)])
         sample = self.conv_in(sample)
         for block in self.down_blocks:
             sample = block(sample)
@@ -172,11 +179,16 @@ class MaisiDecoder3D(nn.Module):
         """Its levels in the order they run."""
         return self.up_blocks
 
-    def forward(self, sample: torch.Tensor, return_classes: bool = False) -> torch.Tensor:
+    def forward(
+        self, sample: torch.Tensor, return_classes: bool = False, tiling: "SlabTiling | None" = None
+    ) -> torch.Tensor:
         """
         (N, latent_channels, X, Y, Z) -> (N, out_channels, 4X, 4Y, 4Z) for three levels; with `return_classes` the
-        index of the largest of these outputs instead, int16 (N, 1, 4X, 4Y, 4Z).
+        index of the largest of these outputs instead, int16 (N, 1, 4X, 4Y, 4Z). In slabs by a tiling.
         """
+        if tiling is not None:
+            finish = class_of_largest if return_classes else nn.Identity()
+            return torch.cat([tiling.decode(self, one, finish) for one in sample.split(1)])
         sample = self.conv_in(sample)
         for block in self.up_blocks:
             sample = block(sample)

@@ -21,7 +21,7 @@ from ..files import write_atomically
 from ..imaging import labels_to_nifti, load_volume, modality_code, resample_like, spacing_of, to_ras
 from ..imaging.nifti import UNREADABLE
 from ..loaders import load_maisi_checkpoint
-from ..models import AutoencoderKLMaisi
+from ..models import TILINGS, AutoencoderKLMaisi
 from .data_list import Case, DataList, read_data_list, write_data_list
 from .latents import (
     draw_latent,
@@ -176,8 +176,7 @@ def settings_of(args: argparse.Namespace, vae: AutoencoderKLMaisi) -> dict:
         "posterior": args.posterior,
         "seed": args.seed,
         "dtype": args.dtype,
-        "tile_sample_size": list(vae.tile_sample_size) if vae.use_tiling else None,
-        "tile_overlap": vae.tile_overlap if vae.use_tiling else None,
+        "is_tiled_fast": args.tiling == "fast",  # the other ways to tile give the same latents
         "size": args.size,
         "size_multiple": args.size_multiple if args.size is None else None,
         "vae": fingerprint(vae),
@@ -304,9 +303,7 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
         data_list = replace(data_list, cases=cases_of_labels(data_list.cases, args))
     ratio = vae.spatial_compression_ratio
     check_size(args, ratio)
-    if args.tile_sample_size is not None or args.tile_overlap is not None:
-        tile = args.tile_sample_size
-        vae.enable_tiling(tile[0] if tile is not None and len(tile) == 1 else tile, args.tile_overlap)
+    TILINGS[args.tiling](vae)
     settings = settings_of(args, vae)
     if not args.overwrite:
         check_settings(args.output_dir, settings)
@@ -330,7 +327,7 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
         try:
             encode_case(case, name, vae, args, vocabulary, description)
         except torch.OutOfMemoryError as error:
-            report(name, f"out of memory, encode in tiles with --tile_sample_size 256 ({error})")
+            report(name, f"out of memory ({error})")
         except (OSError, ValueError, MemoryError) as error:
             report(name, f"{error}")
     state.wait_for_everyone()

@@ -284,7 +284,7 @@ def test_resume(encode, encoded, real_data, output, monkeypatch):
         (["--seed", "1"], "seed=0, not 1"),
         (["--posterior", "mean"], "posterior='moments', not 'mean'"),
         (["--dtype", "bfloat16"], "dtype='float32', not 'bfloat16'"),
-        (["--tile_sample_size", "32"], "tile_sample_size=None, not [32, 32, 32]"),
+        (["--tiling", "fast"], "is_tiled_fast=False, not True"),
         (["--size", "32", "32", "32"], "size=None, not [32, 32, 32]"),
     ],
 )
@@ -370,7 +370,7 @@ def test_volumes_too_large(encode, real_data, output, monkeypatch, capsys):
 
     monkeypatch.setattr(encode_dataset, "encode_volume", encode_volume)
     assert "2 of 2 cases failed" in error_of(encode, real_data)
-    reason = "out of memory, encode in tiles with --tile_sample_size 256 (Tried to allocate 20.00 GiB.)"
+    reason = "out of memory (Tried to allocate 20.00 GiB.)"
     err = capsys.readouterr().err
     assert all(f"{name}: {reason}" in err for name in PARTS)
     assert not (output / "latents.json").exists()
@@ -389,13 +389,14 @@ def test_labels_lost_on_the_grid(encode, data, capsys):
     assert "too small for (8, 8, 8) voxels" in line and line.endswith("kidney tumor")
 
 
-def test_tiles(encode, encoded, real_data, output):
-    encode(real_data, "--tile_sample_size", "32", "--tile_overlap", "0.5")
-    settings = json.loads((output / "encode.json").read_text())
-    assert (settings["tile_sample_size"], settings["tile_overlap"]) == ([32, 32, 32], 0.5)
+@pytest.mark.parametrize("tiling", ["off", "exact", "fast"])
+def test_tiling(encode, encoded, real_data, output, tiling):
+    encode(real_data, "--tiling", tiling)
+    is_tiled_fast = json.loads((output / "encode.json").read_text())["is_tiled_fast"]
+    assert is_tiled_fast == (tiling == "fast")
     for name in PARTS:
         tiled, whole = (load_latent(folder / f"{name}_emb.nii.gz") for folder in (output, encoded))
-        assert tiled.shape == whole.shape and 0 < (tiled - whole).abs().mean() < whole.std()
+        assert tiled.shape == whole.shape and (tiled - whole).abs().mean() < (0.1 if is_tiled_fast else 1e-4)
 
 
 def test_half_precision(encode, encoded, real_data, output):
@@ -437,8 +438,6 @@ def test_no_such_vae(encode, real_data, pipe, output, published, tmp_path):
         (["--size", "32", "32", "30"], None, "--size 32 32 30 is not allowed: the VAE needs positive multiples of 4"),
         (["--size", "32", "0", "32"], None, "--size 32 0 32 is not allowed"),
         ([], 6, "--size_multiple 6 is not allowed: the VAE needs positive multiples of 4"),
-        (["--tile_sample_size", "30"], 16, "tile_sample_size=30 is not allowed"),
-        (["--tile_sample_size", "32", "32"], 16, "tile_sample_size=[32, 32] is not allowed"),
         (["--data_root", "/nowhere"], 16, "2 of 2 cases failed"),
     ],
 )

@@ -93,17 +93,6 @@ def test_vae(kind):
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
-def test_tiles_share_the_compiled_halves():
-    vae, x = build("image vae"), inputs("image vae", 1, size=(5, 3, 2))["sample"]
-    vae.enable_tiling(8, 0.5)
-    latent = vae.encode(x).latent_dist.mode()
-    expected = vae.decode(latent).sample
-    vae.compile_repeated_blocks(fullgraph=True, backend=BACKEND)
-    assert deviation(vae.encode(x).latent_dist.mode(), latent) < 1e-5
-    assert deviation(vae.decode(latent).sample, expected) < 1e-5
-    assert counters["stats"]["unique_graphs"] == 2
-
-
 def sizes(kind):
     return VAE_SIZES if kind in VAES else DENOISER_SIZES
 

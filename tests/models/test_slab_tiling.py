@@ -1,0 +1,300 @@
+"""The VAE in slabs gives what it gives in one piece."""
+
+import math
+import tempfile
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from maisi_diffusers import AutoencoderKLMaisi
+from maisi_diffusers.models import slab_convolution, slab_tiling, winograd
+from maisi_diffusers.models.activations import Activations
+from maisi_diffusers.models.finest_level import FinestLevel
+from maisi_diffusers.models.group_statistics import GroupStatistics
+from maisi_diffusers.models.slab_convolution import SlabConvolution
+from maisi_diffusers.models.slab_tiling import SlabTiling
+from maisi_diffusers.models.tiling_choice import choose_tiling
+
+SIZE = (7, 6, 5)
+# Everything in a file and one plane at a time; some planes; all that is kept in memory; the whole in one slab.
+MEMORIES = ["1KB", "200KB", "3MB", "1GiB"]
+
+
+def make_vae(seed=0, **kwargs) -> AutoencoderKLMaisi:
+    torch.manual_seed(seed)
+    config = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "latent_channels": 4} | kwargs
+    vae = AutoencoderKLMaisi(**config).eval()
+    vae.disable_tiling()
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, 0.02, 0.15)
+    return vae
+
+
+def draw(*shape) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+@pytest.fixture(params=["exact", "fast"])
+def enable(request, monkeypatch):
+    """Enables a way to tile that has the statistics of the whole volume: the fast one, if it makes them from all
+    planes of the finest level."""
+    monkeypatch.setattr(slab_tiling, "SAMPLED_PLANES", 1000)
+    if request.param == "exact":
+        return AutoencoderKLMaisi.enable_exact_tiling
+    return AutoencoderKLMaisi.enable_tiling
+
+
+@torch.no_grad()
+def run(vae: AutoencoderKLMaisi, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image and moments of a latent."""
+    z = draw(batch, 4, *SIZE)
+    x = draw(batch, vae.config.in_channels, *(vae.spatial_compression_ratio * n for n in SIZE))
+    return vae.decode(z).sample, vae.encode(x).latent_dist.parameters
+
+
+def assert_same_in_slabs(vae: AutoencoderKLMaisi, enable, memory: str, batch: int = 1) -> None:
+    """Decode and encode in one piece and in slabs."""
+    image, moments = run(vae, batch)
+    enable(vae, memory)
+    tiled_image, tiled_moments = run(vae, batch)
+    assert_equal(tiled_image, image)
+    assert_equal(tiled_moments, moments)
+    vae.disable_tiling()
+    assert torch.equal(run(vae, batch)[0], image)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_conv_transpose": True},
+        {"block_out_channels": (8, 8, 16, 32), "layers_per_block": (1, 2, 1, 2)},
+        {"block_out_channels": (32, 32, 64)},
+    ],
+    ids=["trilinear", "transposed", "four levels", "winograd"],
+)
+def test_equal(enable, config, memory):
+    assert_same_in_slabs(make_vae(**config), enable, memory)
+
+
+def test_batch(enable):
+    assert_same_in_slabs(make_vae(), enable, "200KB", batch=2)
+
+
+@pytest.mark.parametrize("use_conv_transpose", [False, True])
+def test_some_planes_for_statistics(use_conv_transpose, monkeypatch):
+    """Near the whole, and the same whatever the slabs are."""
+    monkeypatch.setattr(slab_tiling, "SAMPLED_PLANES", 9)
+    vae = make_vae(use_conv_transpose=use_conv_transpose)
+    whole, tiled = run(vae), []
+    for memory in MEMORIES:
+        vae.enable_tiling(memory)
+        tiled.append(run(vae))
+    for i in range(2):
+        for other in tiled[1:]:
+            assert_equal(tiled[0][i], other[i])
+        assert 1e-5 < (tiled[0][i] - whole[i]).abs().mean() / whole[i].std() < 0.05
+
+
+def test_where_statistics_are_from(monkeypatch):
+    seen = []
+    monkeypatch.setattr(FinestLevel, "run", lambda self, planes, count: seen.append(planes) or draw(1, 8, 1, 2, 2))
+    resnets = make_vae().decoder.up_blocks[-1].resnets[1:]
+    for length in (2, 9):
+        FinestLevel(None, resnets, None, (length, 2, 2), 3)
+    starts = [planes.start for planes in seen]
+    assert starts == 2 * [0, 1] + 2 * [1, 4, 7] and all(planes.stop == planes.start + 1 for planes in seen)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@torch.no_grad()
+def test_classes(enable, memory):
+    vae = make_vae(out_channels=11)
+    classes = vae.decode_classes(draw(1, 4, *SIZE))
+    enable(vae, memory)
+    found = vae.decode_classes(draw(1, 4, *SIZE))
+    assert found.dtype == torch.int16 and classes.unique().numel() > 3 and torch.equal(found, classes)
+
+
+@pytest.mark.parametrize("memory", ["200KB", "1GiB"])
+@torch.no_grad()
+def test_half_precision(enable, memory):
+    """As near to float32 as in one piece."""
+    vae = make_vae()
+    expected = vae.decode(draw(1, 4, *SIZE)).sample
+    vae.bfloat16()
+    whole = vae.decode(draw(1, 4, *SIZE).bfloat16()).sample
+    enable(vae, memory)
+    found = vae.decode(draw(1, 4, *SIZE).bfloat16()).sample
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().mean() <= 1.2 * (whole - expected).abs().mean()
+
+
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_adapters_and_hooks(enable, is_hooked):
+    """Convolutions that are more than themselves are called, not imitated."""
+    vae = make_vae()
+    if is_hooked:
+        for module in vae.modules():
+            if isinstance(module, torch.nn.Conv3d):
+                module.register_forward_hook(lambda module, args, output: output * 1.1)
+    else:
+        peft = pytest.importorskip("peft")
+        vae.add_adapter(peft.LoraConfig(r=2, target_modules=["conv1", "conv2", "conv"], init_lora_weights=False))
+    assert_same_in_slabs(vae, enable, "200KB")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_fewer_products(bias):
+    conv = torch.nn.Conv3d(5, 7, 3, bias=bias).double()
+    x = draw(1, 5, 8, 12, 5).double()
+    expected = conv(torch.nn.functional.pad(x, (1, 1)))
+    found = winograd.convolve(x[0].transpose(0, 1), winograd.transform_weight(conv.weight), conv.bias)
+    assert (found.transpose(0, 1)[None] - expected).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_statistics_of_slabs():
+    """Also where the mean is large beside the deviation."""
+    x = 1000 + draw(1, 8, 9, 6, 5)
+    norm = torch.nn.GroupNorm(4, 8)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    statistics = GroupStatistics(norm)
+    for slab in x.split([1, 4, 3, 1], dim=2):
+        statistics.add(slab)
+    expected = torch.nn.functional.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double())
+    statistics.normalize(x, out=x, activate=False)
+    assert (x - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_activations(is_file, tmp_path):
+    x = draw(1, 3, 5, 4, 2)
+    kept = Activations(3, (5, 4, 2), torch.float32, x.device, tmp_path if is_file else x.device)
+    kept.write(0, x[:, :, :2])
+    kept.write(2, x[:, :, 2:])
+    assert torch.equal(kept.read(1, 4), x[:, :, 1:4])
+    assert not list(tmp_path.iterdir())  # nothing that could be left behind
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_where_features_are_kept(is_exact, monkeypatch, tmp_path):
+    made = []
+    original = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **kwargs: made.append(kwargs["dir"]) or original(**kwargs))
+    vae = make_vae()
+    enable = vae.enable_exact_tiling if is_exact else vae.enable_tiling
+    enable("1GiB", tmp_path)
+    run(vae)
+    assert not made
+    enable("1KB", tmp_path)
+    run(vae)
+    assert made and set(made) == {tmp_path}
+
+
+def test_less_is_kept_without_the_finest_level(monkeypatch):
+    kept = []
+    original = Activations.__init__
+
+    def record(self, channels, size, *args):
+        kept.append(channels * math.prod(size))
+        original(self, channels, size, *args)
+
+    monkeypatch.setattr(Activations, "__init__", record)
+    largest, vae = [], make_vae(block_out_channels=(8, 8, 8))
+    for enable in (vae.enable_exact_tiling, vae.enable_tiling):
+        kept.clear()
+        enable()
+        run(vae)
+        largest.append(max(kept))
+    assert largest[0] == 8 * largest[1]
+
+
+def test_slabs_are_as_thick_as_the_memory_lets():
+    tiling = SlabTiling(10**6, is_exact=True)
+    tiling.device = torch.device("meta")
+    tiling.for_slabs = 6 * 4 * slab_tiling.SLABS_AT_ONCE * 1000
+    assert [(s.start, s.stop) for s in tiling.cut((9, 100, 2), 5)] == [(0, 4), (4, 8), (8, 9)]
+    assert [(s.start, s.stop) for s in tiling.cut((10, 100, 2), 4, multiple=2)] == [(0, 4), (4, 8), (8, 10)]
+    assert [(s.start, s.stop) for s in tiling.cut((4, 100, 2), 5, halo=2)] == [(0, 2), (2, 4)]
+    assert [s.start for s in tiling.cut((4, 100, 100), 50, multiple=2)] == [0, 2]
+
+
+def test_ways_to_tile():
+    vae = AutoencoderKLMaisi.from_config(make_vae().config)
+    assert vae.tiling == "auto"
+    vae.enable_exact_tiling()
+    assert (vae.tiling.is_exact, vae.tiling.memory) == (True, 4 * 2**30)
+    vae.enable_tiling(10**9)
+    assert (vae.tiling.is_exact, vae.tiling.memory) == (False, 10**9)
+    vae.disable_tiling()
+    assert vae.tiling is None
+    vae.enable_auto_tiling()
+    assert vae.tiling == "auto"
+
+
+@pytest.mark.parametrize("free, is_exact", [(2**30, True), (400_000, False)])
+def test_choice_by_memory(monkeypatch, free, is_exact):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    vae = make_vae()
+    x = draw(1, 4, *SIZE)
+    tiling = choose_tiling(vae.decoder, x)
+    assert (tiling.is_exact, tiling.memory) == (is_exact, int(0.8 * free))
+    with torch.no_grad():
+        whole = vae.decode(x).sample
+        vae.enable_auto_tiling()
+        tiled = vae.decode(x).sample
+    assert 0 < (tiled - whole).abs().max() < (1e-5 if is_exact else 0.2) * whole.abs().max()
+
+
+def test_choice_on_an_accelerator(monkeypatch):
+    """One piece where there is room for it, if need be what is kept on the host."""
+    decoder, x = make_vae().decoder.to("meta"), torch.empty(1, 4, *SIZE, device="meta")
+    for free, expected in ((2**30, None), (2**20, True), (2**10, True)):
+        monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device, free=free: (free, 2**31))
+        tiling = choose_tiling(decoder, x)
+        assert expected is (None if tiling is None else tiling.is_exact)
+    assert tiling.where.type == "cpu"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert not choose_tiling(decoder, x).is_exact
+
+
+def test_one_piece_for_gradients():
+    vae = make_vae()
+    vae.enable_auto_tiling()
+    z = draw(1, 4, *SIZE).requires_grad_()
+    vae.decode(z).sample.sum().backward()
+    assert z.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("planes", [1, 2, 5])
+@torch.no_grad()
+def test_parts_of_a_thick_slab(planes, monkeypatch):
+    monkeypatch.setattr(slab_convolution, "CPU_SLAB", 0)
+    monkeypatch.setattr(slab_convolution, "CPU_PLANES", planes)
+    layer = torch.nn.Conv3d(3, 2, 3, padding=1)
+    conv, x = SlabConvolution(layer), draw(1, 3, 8, 4, 5)
+    expected = layer(x)
+    for start, stop in ((0, 8), (0, 6), (2, 8), (3, 5)):
+        part = conv.in_parts(x[:, :, max(start - 1, 0) : stop + 1], start == 0, stop == 8)
+        assert_equal(part, expected[:, :, start:stop])
+
+
+@pytest.mark.parametrize("memory", [0, -1, "4 apples"])
+def test_memory_that_is_none(memory):
+    with pytest.raises(ValueError, match="memory='?-?[04]|is not in a valid format"):
+        make_vae().enable_tiling(memory)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder '.*nowhere' for a scratch file: make it"):
+        make_vae().enable_exact_tiling(folder=tmp_path / "nowhere")
