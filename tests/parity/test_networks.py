@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maisi_diffusers.loaders.key_mapping import unet_source_keys
-from maisi_diffusers.models import upsample_conv_maisi
+from maisi_diffusers.models import TILINGS, upsample_conv_maisi
 
 from .monai_reference import label_bits
 
@@ -47,7 +47,18 @@ def controlnet_inputs(pair, seed=0):
     )
 
 
-def test_vae_encode(pair):
+@pytest.fixture(params=["off", "exact"])
+def tiling(request, pair):
+    """The VAEs in one piece and in slabs, which have convolutions and norms of their own."""
+    vaes = (pair.pipe.vae, pair.pipe.mask_vae)
+    for vae in vaes:
+        TILINGS[request.param](vae)
+    yield
+    for vae in vaes:
+        vae.enable_auto_tiling()
+
+
+def test_vae_encode(pair, tiling):
     image = torch.rand(2, 1, *(4 * size for size in pair.size.latent), generator=torch.Generator().manual_seed(1))
     mean, std = pair.monai["vae"].encode(image)
     posterior = pair.pipe.vae.encode(image).latent_dist
@@ -55,12 +66,12 @@ def test_vae_encode(pair):
     assert_close(posterior.std, std)
 
 
-def test_vae_decode(pair):
+def test_vae_decode(pair, tiling):
     latent = torch.randn(2, 4, *pair.size.latent, generator=torch.Generator().manual_seed(2))
     assert_close(pair.pipe.vae.decode(latent).sample, pair.monai["vae"].decode(latent))
 
 
-def test_mask_vae(pair):
+def test_mask_vae(pair, tiling):
     bits = label_bits(torch.randint(0, 256, (1, 1, *(4 * size for size in pair.size.latent))))
     mean, std = pair.monai["mask_vae"].encode(bits)
     posterior = pair.pipe.mask_vae.encode(bits).latent_dist
