@@ -12,14 +12,10 @@ as released, which is with the condition's embedding checkpointed, and without t
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import threading
-import time
 
 import torch
+
+from .turns import serve, take_turns
 
 VARIANTS = {
     "MONAI, as released": {"library": "monai", "checkpointing": True},
@@ -129,93 +125,6 @@ def make_our_step(batch: dict[str, torch.Tensor], checkpointing: bool, device: t
     return step
 
 
-class PeakMemory:
-    """Highest memory of a block over what there was before it, in MB: of the GPU, or of the process on the CPU."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-            return self
-        self.before = self.highest = self.resident()
-        self.running = True
-        self.watcher = threading.Thread(target=self.watch)
-        self.watcher.start()
-        return self
-
-    def __exit__(self, *error):
-        if self.device.type == "cuda":
-            self.highest = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self.running = False
-            self.watcher.join()
-        self.megabytes = (self.highest - self.before) / 1e6
-
-    def watch(self) -> None:
-        while self.running:
-            self.highest = max(self.highest, self.resident())
-            time.sleep(0.002)
-
-    def resident(self) -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def serve(variant: str, latent: int) -> None:
-    """Make a variant, then do a step for every line on stdin and print its seconds and its memory as JSON."""
-    settings = VARIANTS[variant]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = make_batch(latent, device)
-    make = make_monai_step if settings["library"] == "monai" else make_our_step
-    step = make(batch, settings["checkpointing"], device)
-    print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
-        with PeakMemory(device) as memory:
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "megabytes": memory.megabytes}), flush=True)
-
-
-def take_turns(latent: int, repeats: int, environment: dict[str, str]) -> dict[str, list[dict[str, float]]]:
-    """Steps of every variant, each in its own process; the first, which makes the optimiser's state, is left out."""
-    processes = {}
-    for variant in VARIANTS:
-        command = [sys.executable, "-m", "benchmarks.train_step", "--serve", variant, "--latent", str(latent)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes[variant] = subprocess.Popen(command, env=os.environ | environment, **pipes)
-        processes[variant].stdout.readline()
-    steps = {variant: [] for variant in VARIANTS}
-    for _ in range(repeats + 1):
-        for variant, process in processes.items():
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            steps[variant].append(json.loads(process.stdout.readline()))
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
-    return {variant: values[1:] for variant, values in steps.items()}
-
-
-def measure(latent: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Fastest seconds and largest memory of every variant."""
-    timed = take_turns(latent, repeats, {})
-    # Freed memory given back at once, so that what the process has is what it uses; this takes time, so it is apart.
-    weighed = take_turns(latent, 1, {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"})
-    return {
-        variant: {
-            "seconds": min(step["seconds"] for step in timed[variant]),
-            "megabytes": max(step["megabytes"] for step in weighed[variant]),
-        }
-        for variant in VARIANTS
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latent", type=int, default=32, help="edge of the latent in voxels, a multiple of 8")
@@ -223,9 +132,13 @@ def main() -> None:
     parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve is not None:
-        serve(args.serve, args.latent)
+        settings = VARIANTS[args.serve]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        make = make_monai_step if settings["library"] == "monai" else make_our_step
+        serve(make(make_batch(args.latent, device), settings["checkpointing"], device), device)
         return
-    results = measure(args.latent, args.repeats)
+    command = ["-m", "benchmarks.train_step", "--latent", str(args.latent), "--serve"]
+    results = take_turns({variant: [*command, variant] for variant in VARIANTS}, args.repeats)
     released = results["MONAI, as released"]
     print(f"One ControlNet step, latent {args.latent}^3, volume {4 * args.latent}^3, float32\n")
     print("| variant | seconds | times as fast | peak MB | share of the peak |")

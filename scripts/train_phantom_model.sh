@@ -5,7 +5,7 @@
 #
 # The argument is a folder for what is made on the way, about 4 GB. On two CPU cores it takes some hours. Run it again to
 # go on where it was interrupted; every stage resumes. The model is written to maisi_diffusers/pretrained.
-# Of its recipe the image VAE has been run; the settings after it are first guesses.
+# Its settings are first guesses: of the recipe, the phantoms have been made and the image VAE is being trained.
 set -euo pipefail
 
 work=${1:?give a folder for what is made on the way}
@@ -30,27 +30,20 @@ phantoms phantoms 0 480 --other_spacings 0.25 --tumors 0.4 --num_folds 24
 phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 --body_region chest abdomen
 
 # 2. Images: the VAE, the UNet on its latents, the ControlNet for that UNet.
-# The VAE begins with small patches, of which a step takes little time, and goes on with thick slabs, in which its group
-# norms see what they see in a whole volume. At the published weight of the divergence (1e-7, made for more and larger
-# patches) half of a latent would be noise; and in the mean of the errors the noise of the CTs would outweigh the bones.
-image_vae() { # output folder, options
-    train train_vae "$1" --data_list "$work/phantoms/dataset.json" --augmentation crop --cached_cases 460 \
-        --learning_rate 3e-4 --perceptual_weight 0 --adversarial_weight 0 "${@:2}"
-}
-slabs="--patch_size 128 128 32 --patches_per_case 2 --lr_warmup_steps 10"
-image_vae vae-patches --vae_config_name_or_path "$configs/vae.json" --patch_size 48 --patches_per_case 4 \
-    --max_train_steps 1800 --lr_scheduler constant_with_warmup
-image_vae vae-slabs --vae_model_name_or_path "$work/vae-patches" $slabs --max_train_steps 900
-image_vae vae-sure --vae_model_name_or_path "$work/vae-slabs" $slabs --max_train_steps 800 --kl_weight 1e-8
-image_vae vae --vae_model_name_or_path "$work/vae-sure" $slabs --max_train_steps 1000 --kl_weight 1e-10 \
+# The VAE sees thick slabs, in which its group norms see what they see in a whole volume. At the published weight of the
+# divergence (1e-7, made for more and larger patches) half of a latent would be noise; and in the mean of the errors the
+# noise of the CTs would outweigh the bones.
+train train_vae vae --vae_config_name_or_path "$configs/vae.json" --data_list "$work/phantoms/dataset.json" \
+    --augmentation crop --cached_cases 460 --patch_size 128 128 32 --patches_per_case 2 --max_train_steps 3000 \
+    --learning_rate 1e-3 --lr_warmup_steps 100 --perceptual_weight 0 --adversarial_weight 0 --kl_weight 1e-10 \
     --reconstruction_loss l2
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \
-    --data_list "$work/latents/latents.json" --train_batch_size 2 --max_train_steps 3000 --learning_rate 1e-3 \
+    --data_list "$work/latents/latents.json" --train_batch_size 2 --max_train_steps 2000 --learning_rate 5e-4 \
     --use_ema --ema_decay 0.995
 train train_controlnet controlnet --pretrained_model_name_or_path "$work/unet" --controlnet_model_name_or_path unet \
-    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 3000 --learning_rate 5e-4 \
+    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 2000 --learning_rate 5e-4 \
     --use_ema --ema_decay 0.995
 
 # 3. Label maps: the mask VAE and the UNet on its latents.

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Voxels that are added up in float32. Of many more of them a sum is off by what is seen in the result.
+# Voxels that the CPU adds up in float32, one after the other: of many more a sum is off by what is seen in the result,
+# and they leave the cache. GPUs add up in a tree.
 ROWS = 8192
 
 
@@ -24,7 +25,7 @@ class GroupStatistics:
     def add(self, slab: torch.Tensor) -> None:
         """One more slab, (1, C, x, Y, Z)."""
         voxels = slab[0].permute(1, 2, 3, 0).flatten(0, 2)  # no copy where channels lie side by side
-        for part in voxels.split(ROWS):
+        for part in voxels.split(ROWS if slab.device.type == "cpu" else len(voxels)):
             part = part.float()
             count = len(part)
             ones = part.new_ones(1, count)  # a product with them adds up faster than a sum

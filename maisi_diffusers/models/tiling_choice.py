@@ -14,7 +14,7 @@ SHARE = 0.8
 
 def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
     """
-    How to run a network: `None` for one piece.
+    How to run a network: `None` for one piece, as always where layers are offloaded or cast one by one.
 
     On the CPU slabs are faster, and their group norms more precise: those of torch are off by 3e-4 where the channels
     of a voxel lie side by side, which convolutions there want.
@@ -23,6 +23,9 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
         network: the encoder or the decoder.
         x (N, C, X, Y, Z): its input.
     """
+    # Hooks that bring weights to where they are wanted wait for layers to be called.
+    if any(hasattr(module, hook) for module in network.modules() for hook in ("_hf_hook", "_diffusers_hook")):
+        return None
     is_on_cpu = x.device.type == "cpu"
     free = psutil.virtual_memory().available if is_on_cpu else torch.accelerator.get_memory_info(x.device)[0]
     layers, size = layers_of(network.blocks), tuple(x.shape[2:])

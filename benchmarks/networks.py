@@ -1,0 +1,149 @@
+r"""
+Seconds, peak memory and deviation of the networks of the published architecture (`rflow-ct`), side by side with
+MONAI's of the same random weights.
+
+    python -m benchmarks.networks
+    python -m benchmarks.networks --work decode --size 48 --repeats 1
+
+MONAI's networks in float32 are the unit. Every variant runs in a process of its own, so that its memory is its own,
+and they take turns, so that what else the machine does is shared by all; ratios are those of the fastest times. Memory
+is what the work adds to the process at its highest. The deviation is the largest from MONAI's result.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from maisi_diffusers import MaisiCTPipeline
+from maisi_diffusers.models import TILINGS
+from tests.parity.monai_reference import PUBLISHED, build_networks, network_config, save_checkpoint
+
+from .turns import serve, take_turns
+
+VERSION = "rflow-ct"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of a cube: edge of the latent in voxels; variants besides MONAI's.
+WORK = {
+    "step": (32, ["float32 off", "bfloat16 off"]),
+    "decode": (24, ["float32 auto", "bfloat16 auto", "float32 off", "float32 exact 256MB", "float32 fast 1GB"]),
+    "encode": (24, ["float32 auto", "bfloat16 auto", "float32 off"]),
+}
+
+
+def make_inputs(work: str, size: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random inputs, the same for every variant; a label map has no structure."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"latents": torch.randn(1, 4, *[size] * 3, generator=generator).to(dtype)}
+    if work == "encode":
+        inputs["image"] = torch.rand(1, 1, *[4 * size] * 3, generator=generator).to(dtype)
+    if work == "step":
+        inputs["bits"] = torch.randint(2, (1, 8, *[4 * size] * 3), generator=generator).to(dtype)
+        inputs["spacing"] = torch.tensor([[150.0, 150.0, 200.0]], dtype=dtype)
+        inputs["timesteps"], inputs["class_labels"] = torch.tensor([500.0]), torch.tensor([1])
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def monai_work(work: str, size: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    """One call of MONAI's networks, in float32; of the step as its published script does it."""
+    networks = {name: network.to(device) for name, network in build_networks(VERSION, PUBLISHED).items()}
+    inputs = make_inputs(work, size, torch.float32, device)
+    if work == "decode":
+        return lambda: networks["vae"].decode(inputs["latents"])
+    if work == "encode":
+        return lambda: networks["vae"].encode(inputs["image"])[0]
+
+    def step() -> torch.Tensor:
+        shared = {"x": inputs["latents"], "timesteps": inputs["timesteps"], "class_labels": inputs["class_labels"]}
+        down, mid = networks["controlnet"](**shared, controlnet_cond=inputs["bits"])
+        return networks["unet"](
+            **shared,
+            spacing_tensor=inputs["spacing"],
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        )
+
+    return step
+
+
+def our_work(
+    work: str, size: int, dtype: torch.dtype, tiling: str, memory: str | None, folder: Path, device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """One call of ours; a step is one of many, for which the label map has been embedded once."""
+    pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=dtype).to(device)
+    TILINGS[tiling](pipe.vae, **({} if memory is None else {"memory": memory}))
+    inputs = make_inputs(work, size, dtype, device)
+    if work == "decode":
+        return lambda: pipe.vae.decode(inputs["latents"]).sample
+    if work == "encode":
+        return lambda: pipe.vae.encode(inputs["image"]).latent_dist.mode()
+    conditions = {"class_labels": inputs["class_labels"], "spacing": inputs["spacing"]}
+    embedding = pipe.controlnet.embed_condition(inputs["bits"])
+    return lambda: pipe.predict(inputs["latents"], inputs["timesteps"], conditions, embedding, 1.0)
+
+
+def run_variant(variant: str, work: str, size: int, folder: Path) -> None:
+    """Serve a variant; what it gives is left in the folder."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_grad_enabled(False)
+    if variant == "MONAI":
+        call = monai_work(work, size, device)
+    else:
+        dtype, tiling, *memory = variant.split()
+        call = our_work(work, size, DTYPES[dtype], tiling, *(memory or [None]), folder, device)
+
+    def save_first() -> None:
+        result, path = call(), folder / f"{work} {variant}.pt"
+        if not path.is_file():
+            torch.save(result, path)
+
+    serve(save_first, device)
+
+
+def measure(work: str, size: int, variants: list[str], repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds, memory and deviation of all variants."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save_checkpoint(folder, VERSION, build_networks(VERSION, PUBLISHED), network_config(VERSION, PUBLISHED))
+        command = ["-m", "benchmarks.networks", "--folder", folder, "--work", work, "--size", size, "--serve"]
+        variants = ["MONAI", *variants]
+        results = take_turns({variant: [*map(str, command), variant] for variant in variants}, repeats)
+        outputs = {variant: torch.load(folder / f"{work} {variant}.pt").float() for variant in variants}
+    for variant, output in outputs.items():
+        results[variant]["deviation"] = (output - outputs["MONAI"]).abs().max().item()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", choices=WORK, nargs="+", default=list(WORK))
+    parser.add_argument("--size", type=int, help="edge of the latent in voxels, a multiple of 8")
+    parser.add_argument(
+        "--variants", nargs="+", help='instead of those that are measured otherwise: "float32 exact 1GB"'
+    )
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve is not None:
+        run_variant(args.serve, args.work[0], args.size, args.folder)
+        return
+    for work in args.work:
+        size, variants = WORK[work]
+        size = args.size or size
+        results = measure(work, size, args.variants or variants, args.repeats)
+        print(f"\n{work}, latent {size}^3\n\n| variant | seconds | times as fast | peak MB | share | deviation |")
+        print("|---|---|---|---|---|---|", flush=True)
+        unit = results["MONAI"]
+        for variant, result in results.items():
+            faster, share = unit["seconds"] / result["seconds"], result["megabytes"] / unit["megabytes"]
+            print(
+                f"| {variant} | {result['seconds']:.2f} | {faster:.2f} | {result['megabytes']:.0f} | {share:.2f} | "
+                f"{result['deviation']:.1e} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Timing and weighing of variants of the same work, each in a process of its own, which take turns."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+# Freed memory is given back at once, so that what a process has is what it uses. This takes time.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+class PeakMemory:
+    """Highest memory of a block over what there was before it, in MB: of the GPU, or of the process on the CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            return self
+        self.before = self.highest = self.resident()
+        self.running = True
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.device.type == "cuda":
+            self.highest = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.running = False
+            self.watcher.join()
+        self.megabytes = (self.highest - self.before) / 1e6
+
+    def watch(self) -> None:
+        while self.running:
+            self.highest = max(self.highest, self.resident())
+            time.sleep(0.002)
+
+    def resident(self) -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def serve(work: Callable[[], None], device: torch.device) -> None:
+    """Work once for every line on stdin, and print its seconds and its memory as JSON."""
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        with PeakMemory(device) as memory:
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "megabytes": memory.megabytes}), flush=True)
+
+
+def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[str, float]]:
+    """
+    Fastest seconds and largest memory of every variant.
+
+    Args:
+        commands: variant -> arguments of Python by which a process serves it.
+        repeats: how often each works; once more before, to warm up.
+    """
+    timed = _take_turns(commands, repeats, {})
+    weighed = _take_turns(commands, 1, GIVE_BACK)
+    return {
+        variant: {
+            "seconds": min(one["seconds"] for one in timed[variant]),
+            "megabytes": max(one["megabytes"] for one in weighed[variant]),
+        }
+        for variant in commands
+    }
+
+
+def _take_turns(commands: dict[str, list[str]], repeats: int, environment: dict[str, str]) -> dict[str, list[dict]]:
+    processes = {}
+    for variant, command in commands.items():
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes[variant] = subprocess.Popen([sys.executable, *command], env=os.environ | environment, **pipes)
+        processes[variant].stdout.readline()
+    results = {variant: [] for variant in commands}
+    for _ in range(repeats + 1):
+        for variant, process in processes.items():
+            process.stdin.write("work\n")
+            process.stdin.flush()
+            results[variant].append(json.loads(process.stdout.readline()))
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    return {variant: values[1:] for variant, values in results.items()}
