@@ -14,7 +14,7 @@ from torch import nn
 
 from .modeling_maisi import MaisiModelMixin
 from .slab_tiling import SlabTiling
-from .tiling_choice import choose_tiling
+from .tiling_choice import choose_tiling, has_hooked_layers
 from .unet_3d_blocks_maisi import expand_to_levels
 from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D
 
@@ -81,9 +81,8 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
     def enable_auto_tiling(self) -> None:
         r"""
         Let every call choose by the memory that is there, as at first: in one piece if that fits, else as after
-        [`enable_exact_tiling`] if what that keeps fits, else as after [`enable_tiling`]. On the CPU slabs are also
-        faster than one piece and more precise, so there it is never one piece. Where gradients are wanted, and in a
-        compiled model, it is always.
+        [`enable_exact_tiling`]. On the CPU slabs are also faster than one piece and more precise, so there it is never
+        one piece. Where gradients are wanted, layers are offloaded, or the model is compiled, it is always.
         """
         self.tiling = "auto"
 
@@ -135,6 +134,11 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
 
     def _tiling_of(self, network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
         if self.tiling != "auto":
+            if self.tiling is not None and has_hooked_layers(network):
+                raise ValueError(
+                    "slabs do not work with a VAE whose layers are offloaded or cast one by one: call "
+                    "vae.enable_auto_tiling(), or offload whole models (pipe.enable_model_cpu_offload())"
+                )
             return self.tiling
         is_compiled = torch.compiler.is_compiling() or network._compiled_call_impl is not None
         if torch.is_grad_enabled() or is_compiled:

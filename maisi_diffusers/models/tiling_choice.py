@@ -14,23 +14,27 @@ SHARE = 0.8
 
 def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
     """
-    How to run a network: `None` for one piece, as always where layers are offloaded or cast one by one.
+    How to run a network with the result of the whole: `None` for one piece, else in slabs, with what they keep on the
+    host or in a scratch file if there is no room for it on the device.
 
     On the CPU slabs are faster, and their group norms more precise: those of torch are off by 3e-4 where the channels
-    of a voxel lie side by side, which convolutions there want.
+    of a voxel lie side by side, which convolutions there want. Layers that are offloaded or cast one by one need one
+    piece.
 
     Args:
         network: the encoder or the decoder.
         x (N, C, X, Y, Z): its input.
     """
-    # Hooks that bring weights to where they are wanted wait for layers to be called.
-    if any(hasattr(module, hook) for module in network.modules() for hook in ("_hf_hook", "_diffusers_hook")):
+    if has_hooked_layers(network):
         return None
     is_on_cpu = x.device.type == "cpu"
     free = psutil.virtual_memory().available if is_on_cpu else torch.accelerator.get_memory_info(x.device)[0]
-    layers, size = layers_of(network.blocks), tuple(x.shape[2:])
-    if not is_on_cpu and ONE_PIECE * len(x) * kept_values(layers, size) * x.element_size() <= free:
+    values = kept_values(layers_of(network.blocks), tuple(x.shape[2:]))
+    if not is_on_cpu and ONE_PIECE * len(x) * values * x.element_size() <= free:
         return None
-    exact = SlabTiling(int(SHARE * free), is_exact=True)
-    exact.plan(layers, size, x)
-    return exact if isinstance(exact.where, torch.device) else SlabTiling(exact.memory, is_exact=False)
+    return SlabTiling(int(SHARE * free), is_exact=True)
+
+
+def has_hooked_layers(network: MaisiEncoder3D | MaisiDecoder3D) -> bool:
+    """Whether hooks bring weights to where they are wanted, for which layers must be called."""
+    return any(hasattr(module, hook) for module in network.modules() for hook in ("_hf_hook", "_diffusers_hook"))
