@@ -81,8 +81,9 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
     def enable_auto_tiling(self) -> None:
         r"""
         Let every call choose by the memory that is there, as at first: in one piece if that fits, else as after
-        [`enable_exact_tiling`]. On the CPU slabs are also faster than one piece and more precise, so there it is never
-        one piece. Where gradients are wanted, layers are offloaded, or the model is compiled, it is always.
+        [`enable_exact_tiling`], or as after [`enable_tiling`] with a warning if the disk is too full for that. On the
+        CPU slabs are also faster than one piece and more precise, so there it is never one piece. Where gradients are
+        wanted, layers are offloaded, or the model is compiled, it is always.
         """
         self.tiling = "auto"
 

@@ -1,5 +1,8 @@
 """Whether the VAE runs in one piece or in slabs, by the memory that is free."""
 
+import shutil
+import warnings
+
 import psutil
 import torch
 
@@ -15,7 +18,8 @@ SHARE = 0.8
 def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
     """
     How to run a network with the result of the whole: `None` for one piece, else in slabs, with what they keep on the
-    host or in a scratch file if there is no room for it on the device.
+    host or in a scratch file if there is no room for it on the device. Without room for the file, with a result near
+    that of the whole.
 
     On the CPU slabs are faster, and their group norms more precise: those of torch are off by 3e-4 where the channels
     of a voxel lie side by side, which convolutions there want. Layers that are offloaded or cast one by one need one
@@ -29,10 +33,20 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
         return None
     is_on_cpu = x.device.type == "cpu"
     free = psutil.virtual_memory().available if is_on_cpu else torch.accelerator.get_memory_info(x.device)[0]
-    values = kept_values(layers_of(network.blocks), tuple(x.shape[2:]))
-    if not is_on_cpu and ONE_PIECE * len(x) * values * x.element_size() <= free:
+    layers, size = layers_of(network.blocks), tuple(x.shape[2:])
+    kept = kept_values(layers, size) * x.element_size()
+    if not is_on_cpu and ONE_PIECE * len(x) * kept <= free:
         return None
-    return SlabTiling(int(SHARE * free), is_exact=True)
+    exact = SlabTiling(int(SHARE * free), is_exact=True)
+    exact.plan(layers, size, x)
+    if exact.where != exact.folder or kept <= shutil.disk_usage(exact.folder).free:
+        return exact
+    warnings.warn(
+        f"neither the memory nor {exact.folder} has room for the {kept / 1e9:.0f} GB that the VAE keeps for a "
+        "result that is exact: it is near that; vae.enable_exact_tiling(folder=...) takes a folder with more room",
+        stacklevel=2,
+    )
+    return SlabTiling(exact.memory, is_exact=False)
 
 
 def has_hooked_layers(network: MaisiEncoder3D | MaisiDecoder3D) -> bool:

@@ -1,6 +1,7 @@
 """The VAE in slabs gives what it gives in one piece."""
 
 import math
+import shutil
 import tempfile
 from types import SimpleNamespace
 
@@ -244,7 +245,7 @@ def test_ways_to_tile():
 
 @pytest.mark.parametrize("free", [2**30, 400_000])
 def test_choice_on_the_cpu(monkeypatch, free):
-    """Slabs, also with little memory: the image does not depend on what else the machine does."""
+    """Slabs, also with little memory."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     vae = make_vae()
     x = draw(1, 4, *SIZE)
@@ -265,6 +266,14 @@ def test_choice_on_an_accelerator(monkeypatch):
         tiling = choose_tiling(decoder, x)
         assert (tiling is None) == is_whole
     assert (tiling.is_exact, tiling.memory) == (True, int(0.8 * 2**20))
+
+
+def test_choice_without_room(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=400_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=400_000))
+    with pytest.warns(UserWarning, match=r"neither the memory nor .* has room .* vae.enable_exact_tiling\(folder="):
+        tiling = choose_tiling(make_vae().decoder, draw(1, 4, *SIZE))
+    assert (tiling.is_exact, tiling.memory) == (False, 320_000)
 
 
 @pytest.mark.parametrize("enable", [AutoencoderKLMaisi.enable_exact_tiling, AutoencoderKLMaisi.enable_tiling])
