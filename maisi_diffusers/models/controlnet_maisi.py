@@ -1,5 +1,6 @@
 """The ControlNet of MAISI: a label map steers the image UNet."""
 
+import math
 from typing import Self
 
 import torch
@@ -17,8 +18,10 @@ from .modeling_maisi import MaisiModelMixin
 from .unet_3d_blocks_maisi import MaisiBlock3D, MaisiDownBlock3D, MaisiMidBlock3D, expand_to_levels, level_attention
 from .unet_3d_maisi import MaisiUNet3DConditionModel
 
-# Voxels along X that the condition is embedded for at a time, under gradient checkpointing.
+# Planes along X that the condition is embedded for at a time, under gradient checkpointing; and at least.
 SLAB = 32
+# Voxels of a slab otherwise: more than most volumes have.
+SLAB_VOXELS = 256 * 256 * 128
 # How far three convolutions, the last of them strided, reach beyond its two ends; even, for the stride.
 SLAB_MARGINS = (4, 2)
 
@@ -46,15 +49,15 @@ class MaisiControlNetConditioningEmbedding(MaisiBlock3D):
         """
         (N, 8, X, Y, Z) of any dtype -> (N, C, X/4, Y/4, Z/4), computed in `dtype`.
 
-        Under gradient checkpointing the first convolutions, up to the first that halves the axes, run in slabs along
-        X, and the activations of one slab at a time are in memory: at full resolution they are what most memory goes
-        to. A slab comes with the voxels beyond its ends that its result depends on.
+        Of large volumes, and under gradient checkpointing of all, the first convolutions, up to the first that halves
+        the axes, run in slabs along X, and the activations of one slab at a time are in memory: at full resolution
+        they are what most memory goes to. A slab comes with the voxels beyond its ends that its result depends on.
         """
-        if conditioning.device.type == "cpu":  # where so few channels are twice as fast when they lie side by side
-            conditioning = conditioning.contiguous(memory_format=torch.channels_last_3d)
         first, rest = [self.conv_in, *self.blocks[:2]], [*self.blocks[2:], self.conv_out]
         size = conditioning.shape[2]
-        length = SLAB if self.gradient_checkpointing else size
+        length = SLAB
+        if not self.gradient_checkpointing:
+            length = max(SLAB_VOXELS // math.prod(conditioning.shape[3:]) // 2 * 2, SLAB)
         slabs = []
         for start in range(0, size, length):
             stop = min(start + length, size)
@@ -68,8 +71,13 @@ class MaisiControlNetConditioningEmbedding(MaisiBlock3D):
 
     def embed(self, embedding: torch.Tensor, convs: list[nn.Conv3d], dtype: torch.dtype) -> torch.Tensor:
         """Some of the convolutions, each of which comes after SiLU but for the very first."""
+        if convs[0] is self.conv_in:  # on the CPU so few channels are twice as fast when they lie side by side
+            is_on_cpu = embedding.device.type == "cpu"
+            embedding = embedding.to(
+                dtype, memory_format=torch.channels_last_3d if is_on_cpu else torch.preserve_format
+            )
         for conv in convs:
-            embedding = conv(embedding.to(dtype) if conv is self.conv_in else F.silu(embedding))
+            embedding = conv(embedding if conv is self.conv_in else F.silu(embedding))
         return embedding
 
 

@@ -592,7 +592,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         """
         embeddings = []
         for labels in label_maps:
-            bits = label_bits(torch.from_numpy(labels)[None].to(device), dtype=self.controlnet.dtype)
+            bits = label_bits(torch.from_numpy(labels)[None].to(device), dtype=torch.uint8)
             embeddings.append(self.controlnet.embed_condition(bits))
         return torch.cat(embeddings).expand(num_images, *[-1] * 4)
 

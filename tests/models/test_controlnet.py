@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from maisi_diffusers import MaisiControlNetModel, MaisiUNet3DConditionModel
+from maisi_diffusers.models import controlnet_maisi
 
 from .networks import build, deviation, inputs, output
 
@@ -204,6 +205,20 @@ def test_condition_or_its_embedding():
     for wrong in ({}, {"controlnet_cond": condition, "controlnet_cond_embedding": embedding}):
         with pytest.raises(ValueError, match="exactly one"):
             controlnet(**arguments, **wrong)
+
+
+@pytest.mark.parametrize("planes", [32, 35])
+@torch.no_grad()
+def test_large_condition_in_slabs(planes, monkeypatch):
+    """Of a few planes at once, an even number; from the bits as bytes too."""
+    controlnet = build("controlnet")
+    bits = torch.randint(2, (1, 8, 80, 8, 4), dtype=torch.uint8)
+    whole = controlnet.embed_condition(bits.float())
+    sizes, conv_in = [], controlnet.controlnet_cond_embedding.conv_in
+    conv_in.register_forward_pre_hook(lambda layer, args: sizes.append(args[0].shape[2]))
+    monkeypatch.setattr(controlnet_maisi, "SLAB_VOXELS", planes * 8 * 4)
+    assert deviation(controlnet.embed_condition(bits), whole) < 1e-6
+    assert sizes == {32: [34, 38, 20], 35: [36, 40, 16]}[planes]
 
 
 @torch.no_grad()
