@@ -3,11 +3,12 @@ Seconds, peak memory and deviation of the networks of the published architecture
 MONAI's of the same random weights.
 
     python -m benchmarks.networks
-    python -m benchmarks.networks --work decode --size 48 --repeats 1
+    python -m benchmarks.networks --work decode --size 48 --repeats 0 --variants "float32 off" "float32 exact 1GB"
 
-MONAI's networks in float32 are the unit. Every variant runs in a process of its own, so that its memory is its own,
-and they take turns, so that what else the machine does is shared by all; ratios are those of the fastest times. Memory
-is what the work adds to the process at its highest. The deviation is the largest from MONAI's result.
+MONAI's networks in float32 are the unit; with other `--variants` the first of these is. Every variant runs in a
+process of its own, so that its memory is its own, and they take turns, so that what else the machine does is shared by
+all; ratios are those of the fastest times. Memory is what the work adds to the process at its highest. The deviation
+is the largest from the first's result.
 """
 
 import argparse
@@ -25,11 +26,14 @@ from .turns import serve, take_turns
 
 VERSION = "rflow-ct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Of a cube: edge of the latent in voxels; variants besides MONAI's.
+# Of a cube: edge of the latent in voxels; variants.
 WORK = {
-    "step": (32, ["float32 off", "bfloat16 off"]),
-    "decode": (24, ["float32 auto", "bfloat16 auto", "float32 off", "float32 exact 256MB", "float32 fast 1GB"]),
-    "encode": (24, ["float32 auto", "bfloat16 auto", "float32 off"]),
+    "step": (32, ["MONAI", "float32 off", "bfloat16 off"]),
+    "decode": (
+        24,
+        ["MONAI", "float32 auto", "bfloat16 auto", "float32 off", "float32 exact 256MB", "float32 fast 1GB"],
+    ),
+    "encode": (24, ["MONAI", "float32 auto", "bfloat16 auto", "float32 off"]),
 }
 
 
@@ -69,11 +73,12 @@ def monai_work(work: str, size: int, device: torch.device) -> Callable[[], torch
 
 
 def our_work(
-    work: str, size: int, dtype: torch.dtype, tiling: str, memory: str | None, folder: Path, device: torch.device
+    work: str, size: int, settings: list[str], folder: Path, device: torch.device
 ) -> Callable[[], torch.Tensor]:
     """One call of ours; a step is one of many, for which the label map has been embedded once."""
+    dtype, tiling, *memory = DTYPES[settings[0]], *settings[1:]
     pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=dtype).to(device)
-    TILINGS[tiling](pipe.vae, **({} if memory is None else {"memory": memory}))
+    TILINGS[tiling](pipe.vae, *memory)
     inputs = make_inputs(work, size, dtype, device)
     if work == "decode":
         return lambda: pipe.vae.decode(inputs["latents"]).sample
@@ -91,8 +96,7 @@ def run_variant(variant: str, work: str, size: int, folder: Path) -> None:
     if variant == "MONAI":
         call = monai_work(work, size, device)
     else:
-        dtype, tiling, *memory = variant.split()
-        call = our_work(work, size, DTYPES[dtype], tiling, *(memory or [None]), folder, device)
+        call = our_work(work, size, variant.split(), folder, device)
 
     def save_first() -> None:
         result, path = call(), folder / f"{work} {variant}.pt"
@@ -108,11 +112,10 @@ def measure(work: str, size: int, variants: list[str], repeats: int) -> dict[str
         folder = Path(folder)
         save_checkpoint(folder, VERSION, build_networks(VERSION, PUBLISHED), network_config(VERSION, PUBLISHED))
         command = ["-m", "benchmarks.networks", "--folder", folder, "--work", work, "--size", size, "--serve"]
-        variants = ["MONAI", *variants]
         results = take_turns({variant: [*map(str, command), variant] for variant in variants}, repeats)
         outputs = {variant: torch.load(folder / f"{work} {variant}.pt").float() for variant in variants}
     for variant, output in outputs.items():
-        results[variant]["deviation"] = (output - outputs["MONAI"]).abs().max().item()
+        results[variant]["deviation"] = (output - outputs[variants[0]]).abs().max().item()
     return results
 
 
@@ -123,7 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", help='instead of those that are measured otherwise: "float32 exact 1GB"'
     )
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help="0 for each once, without warming up")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -134,15 +137,20 @@ def main() -> None:
         size, variants = WORK[work]
         size = args.size or size
         results = measure(work, size, args.variants or variants, args.repeats)
-        print(f"\n{work}, latent {size}^3\n\n| variant | seconds | times as fast | peak MB | share | deviation |")
-        print("|---|---|---|---|---|---|", flush=True)
-        unit = results["MONAI"]
-        for variant, result in results.items():
-            faster, share = unit["seconds"] / result["seconds"], result["megabytes"] / unit["megabytes"]
-            print(
-                f"| {variant} | {result['seconds']:.2f} | {faster:.2f} | {result['megabytes']:.0f} | {share:.2f} | "
-                f"{result['deviation']:.1e} |"
-            )
+        print(f"\n{work}, latent {size}^3\n\n{table(results)}", flush=True)
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """In Markdown; ratios to the first variant."""
+    lines = ["| variant | seconds | times as fast | peak MB | share | deviation |", "|---|---|---|---|---|---|"]
+    unit = next(iter(results.values()))
+    for variant, result in results.items():
+        faster, share = unit["seconds"] / result["seconds"], result["megabytes"] / unit["megabytes"]
+        lines.append(
+            f"| {variant} | {result['seconds']:.2f} | {faster:.2f} | {result['megabytes']:.0f} | {share:.2f} | "
+            f"{result['deviation']:.1e} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -49,46 +49,52 @@ class PeakMemory:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def serve(work: Callable[[], None], device: torch.device) -> None:
-    """Work once for every line on stdin, and print its seconds and its memory as JSON."""
+def serve(work: Callable[[], dict[str, float] | None], device: torch.device) -> None:
+    """Work once for every line on stdin, and print as JSON its seconds, its memory, and what else it tells."""
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         with PeakMemory(device) as memory:
             start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            told = work()
+            synchronize(device)
             seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "megabytes": memory.megabytes}), flush=True)
+        print(json.dumps({"seconds": seconds, "megabytes": memory.megabytes, **(told or {})}), flush=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a device that computes while Python goes on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[str, float]]:
     """
-    Fastest seconds and largest memory of every variant.
+    Fastest seconds and largest memory of every variant, and what else it told.
 
     Args:
         commands: variant -> arguments of Python by which a process serves it.
-        repeats: how often each works; once more before, to warm up.
+        repeats: how often each works; before that once to warm up, and afterwards once with memory given back at once.
+            0 for work so long that none of this matters: it is done once.
     """
-    timed = _take_turns(commands, repeats, {})
-    weighed = _take_turns(commands, 1, GIVE_BACK)
+    if repeats == 0:
+        return {variant: results[0] for variant, results in _take_turns(commands, 1, {}).items()}
+    timed = _take_turns(commands, repeats + 1, {})
+    weighed = _take_turns(commands, 2, GIVE_BACK)
     return {
-        variant: {
-            "seconds": min(one["seconds"] for one in timed[variant]),
-            "megabytes": max(one["megabytes"] for one in weighed[variant]),
-        }
+        variant: min(timed[variant][1:], key=lambda one: one["seconds"])
+        | {"megabytes": weighed[variant][1]["megabytes"]}
         for variant in commands
     }
 
 
-def _take_turns(commands: dict[str, list[str]], repeats: int, environment: dict[str, str]) -> dict[str, list[dict]]:
+def _take_turns(commands: dict[str, list[str]], times: int, environment: dict[str, str]) -> dict[str, list[dict]]:
     processes = {}
     for variant, command in commands.items():
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[variant] = subprocess.Popen([sys.executable, *command], env=os.environ | environment, **pipes)
         processes[variant].stdout.readline()
     results = {variant: [] for variant in commands}
-    for _ in range(repeats + 1):
+    for _ in range(times):
         for variant, process in processes.items():
             process.stdin.write("work\n")
             process.stdin.flush()
@@ -96,4 +102,4 @@ def _take_turns(commands: dict[str, list[str]], repeats: int, environment: dict[
     for process in processes.values():
         process.stdin.close()
         process.wait()
-    return {variant: values[1:] for variant, values in results.items()}
+    return results

@@ -1,0 +1,179 @@
+r"""
+Seconds and peak memory of a whole CT with its label map, from the label map to HU, side by side with MONAI's networks
+doing the same; and how much of the time is spent outside the networks.
+
+    python -m benchmarks.whole
+    python -m benchmarks.whole --size 512 512 512 --num_inference_steps 2 --variants "bfloat16 auto"
+
+The published architecture (`rflow-ct`) with random weights. MONAI in float32 is the unit: its networks in the
+published loop, which embeds the label map at every step, and its decoder in one piece. With other `--variants` the
+first of these is. Every variant works once, in a process of its own.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from maisi_diffusers import MaisiCTPipeline
+from maisi_diffusers.imaging import labels_to_nifti, spacing_affine
+from maisi_diffusers.models import TILINGS
+from maisi_diffusers.phantom import make_phantom
+from tests.parity.monai_reference import (
+    PUBLISHED,
+    SCALE_FACTOR,
+    build_networks,
+    label_bits,
+    make_scheduler,
+    network_config,
+    sample,
+    save_checkpoint,
+)
+
+from .networks import DTYPES, VERSION
+from .turns import serve, synchronize, take_turns
+
+FIELD_OF_VIEW = (384.0, 384.0, 320.0)
+VARIANTS = ["MONAI", "bfloat16 auto"]
+
+
+def make_label_map(size: tuple[int, int, int]):
+    """A phantom's, of chest and abdomen."""
+    spacing = tuple(mm / n for mm, n in zip(FIELD_OF_VIEW, size))
+    return make_phantom(0, size=size, spacing=spacing).labels, spacing
+
+
+def monai_work(size: tuple[int, int, int], steps: int, device: torch.device) -> Callable[[], None]:
+    networks = {name: network.to(device) for name, network in build_networks(VERSION, PUBLISHED).items()}
+    labels, spacing = make_label_map(size)
+    spacing = torch.tensor([spacing], device=device) * 100
+    class_labels = torch.tensor([1], device=device)
+
+    def work() -> None:
+        on_device = torch.from_numpy(labels)[None, None].to(device)
+        bits = label_bits(on_device)
+
+        def predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            shared = {"x": latents, "timesteps": timesteps.to(device), "class_labels": class_labels}
+            down, mid = networks["controlnet"](**shared, controlnet_cond=bits)
+            return networks["unet"](
+                **shared,
+                spacing_tensor=spacing,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=mid,
+            )
+
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, 4, *(n // 4 for n in size), generator=generator).to(device)
+        latents = sample(make_scheduler(VERSION), predict, latents, steps, generator)
+        image = networks["vae"].decode(latents / SCALE_FACTOR).clip(0, 1) * 2000 - 1000
+        image[on_device == 0] = -1000
+        image.cpu()
+
+    return work
+
+
+def our_work(
+    size: tuple[int, int, int], steps: int, settings: list[str], folder: Path, device: torch.device
+) -> Callable[[], dict[str, float]]:
+    dtype, tiling, *memory = DTYPES[settings[0]], *settings[1:]
+    pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    TILINGS[tiling](pipe.vae, *memory)
+    labels, spacing = make_label_map(size)
+    mask = labels_to_nifti(labels, spacing_affine(spacing))
+    inside = [0.0]
+    for part, name in (
+        (pipe.unet, "forward"),
+        (pipe.controlnet, "forward"),
+        (pipe.controlnet, "embed_condition"),
+        (pipe.vae, "decode"),
+    ):
+        setattr(part, name, timed(getattr(part, name), inside, device))
+
+    def work() -> dict[str, float]:
+        inside[0], start = 0.0, time.perf_counter()
+        pipe(
+            mask=mask,
+            output_size=size,
+            spacing=spacing,
+            num_inference_steps=steps,
+            quality_retries=0,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return {"outside": 1 - inside[0] / (time.perf_counter() - start)}
+
+    return work
+
+
+def timed(function: Callable, seconds: list[float], device: torch.device) -> Callable:
+    """The function, its seconds added to a list of one number."""
+
+    def call(*args, **kwargs):
+        synchronize(device)
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        synchronize(device)
+        seconds[0] += time.perf_counter() - start
+        return result
+
+    return call
+
+
+def measure(size: tuple[int, int, int], steps: int, variants: list[str]) -> dict[str, dict[str, float]]:
+    """Variant -> seconds, megabytes, and of ours the share of the time outside the networks."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save_checkpoint(folder, VERSION, build_networks(VERSION, PUBLISHED), network_config(VERSION, PUBLISHED))
+        command = [
+            "-m",
+            "benchmarks.whole",
+            "--folder",
+            folder,
+            "--size",
+            *size,
+            "--num_inference_steps",
+            steps,
+            "--serve",
+        ]
+        return take_turns({variant: [*map(str, command), variant] for variant in variants}, repeats=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=3, default=(256, 256, 128), help="voxels, multiples of 128")
+    parser.add_argument("--num_inference_steps", type=int, default=30)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help='such as "float32 exact 1GB"')
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    size = tuple(args.size)
+    if args.serve is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.set_grad_enabled(False)
+        if args.serve == "MONAI":
+            serve(monai_work(size, args.num_inference_steps, device), device)
+        else:
+            serve(our_work(size, args.num_inference_steps, args.serve.split(), args.folder, device), device)
+        return
+    print(table(measure(size, args.num_inference_steps, args.variants)))
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """In Markdown; times as fast as the first variant."""
+    lines = ["| variant | seconds | times as fast | peak MB | outside the networks |", "|---|---|---|---|---|"]
+    unit = next(iter(results.values()))["seconds"]
+    for variant, result in results.items():
+        outside = f"{result['outside']:.1%}" if "outside" in result else ""
+        lines.append(
+            f"| {variant} | {result['seconds']:.1f} | {unit / result['seconds']:.2f} | {result['megabytes']:.0f} | "
+            f"{outside} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
