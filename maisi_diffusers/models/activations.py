@@ -21,6 +21,7 @@ class Activations:
         dtype: of the features.
         device: where slabs are given to.
         where: a device whose memory they are kept in, or a folder where a scratch file is made for them.
+        planes: those along X that are kept; all if not given.
     """
 
     halo = 1  # planes on either side that a layer depends on
@@ -32,13 +33,15 @@ class Activations:
         dtype: torch.dtype,
         device: torch.device,
         where: torch.device | str | os.PathLike,
+        planes: slice | None = None,
     ):
         self.channels, self.size, self.dtype, self.device = channels, tuple(size), dtype, device
+        self.planes = slice(0, size[0]) if planes is None else planes
         self.first_value, self.stride = 0, channels * math.prod(size[1:])
         self.spare: Self | None = None  # room for as much that belongs to these
         self.file = self.memory = None
         if isinstance(where, torch.device):
-            self.memory = torch.empty((size[0], self.stride), dtype=dtype, device=where)
+            self.memory = torch.empty((self.planes.stop - self.planes.start, self.stride), dtype=dtype, device=where)
         else:
             # Without a name: it is gone with this object or the process, however that ends.
             self.file = tempfile.TemporaryFile(dir=where, buffering=0)
@@ -52,7 +55,7 @@ class Activations:
 
     def like(self, channels: int, where: torch.device | str | os.PathLike) -> Self:
         """Room for others of the same size."""
-        return type(self)(channels, self.size, self.dtype, self.device, where)
+        return type(self)(channels, self.size, self.dtype, self.device, where, self.planes)
 
     def split(self, channels: int) -> tuple[Self, Self]:
         """Room for two with so many channels each, in place of these: a plane of either takes that of a plane here."""
@@ -65,6 +68,7 @@ class Activations:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Planes start to stop, (1, C, stop - start, Y, Z); a view where they are kept on the device."""
         shape = (*self.size[1:], self.channels)
+        start, stop = start - self.planes.start, stop - self.planes.start
         if self.file is None:
             planes = self.memory[start:stop, self.first_value : self.first_value + math.prod(shape)]
             slab = planes.unflatten(1, shape).to(self.device)
@@ -76,7 +80,7 @@ class Activations:
 
     def write(self, start: int, slab: torch.Tensor) -> None:
         """Planes from start on, (1, C, x, Y, Z)."""
-        planes = slab[0].permute(1, 2, 3, 0)
+        planes, start = slab[0].permute(1, 2, 3, 0), start - self.planes.start
         if self.file is None:
             shape = planes.shape[1:]
             kept = self.memory[start : start + len(planes), self.first_value : self.first_value + math.prod(shape)]
@@ -87,7 +91,7 @@ class Activations:
     def transfer(
         self, function: Callable[[int, list[memoryview], int], int], planes: torch.Tensor, start: int
     ) -> None:
-        """Read planes from the file, or write them there; the system may do it in parts."""
+        """Read planes from the file, or write them there, from one of those kept on; the system may do it in parts."""
         itemsize = self.dtype.itemsize
         for i, plane in enumerate(planes):
             buffer = memoryview(plane.view(torch.uint8).numpy()).cast("B")

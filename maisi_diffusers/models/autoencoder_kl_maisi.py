@@ -10,6 +10,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import distributed as dist
 from torch import nn
 
 from .modeling_maisi import MaisiModelMixin
@@ -103,24 +104,37 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
         """
         self._enable_tiling(memory, folder, is_exact=False)
 
-    def enable_exact_tiling(self, memory: int | str = "4GiB", folder: str | os.PathLike | None = None) -> None:
+    def enable_exact_tiling(
+        self,
+        memory: int | str = "4GiB",
+        folder: str | os.PathLike | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         r"""
         Encode and decode in slabs along X with the result of the whole, but for rounding: group norms have the
         statistics of the whole volume, for which up to two volumes of features of the finest level are kept. For
         inference.
 
         Args:
-            memory, folder: see [`enable_tiling`].
+            memory, folder: see [`enable_tiling`]; of each process.
+            group: processes, each with this model, that share the slabs. They are called with the same, and all get
+                the result. No more of them than the latent has voxels along X.
         """
-        self._enable_tiling(memory, folder, is_exact=True)
+        self._enable_tiling(memory, folder, is_exact=True, group=group)
 
-    def _enable_tiling(self, memory: int | str, folder: str | os.PathLike | None, is_exact: bool) -> None:
+    def _enable_tiling(
+        self,
+        memory: int | str,
+        folder: str | os.PathLike | None,
+        is_exact: bool,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         size = convert_file_size_to_int(memory)
         if size <= 0:
             raise ValueError(f'memory={memory!r} is not allowed: give a positive number of bytes, or e.g. "4GiB"')
         if folder is not None and not os.path.isdir(folder):
             raise FileNotFoundError(f"there is no folder {str(folder)!r} for a scratch file: make it or leave it out")
-        self.tiling = SlabTiling(size, is_exact, folder)
+        self.tiling = SlabTiling(size, is_exact, folder, group)
 
     def disable_tiling(self) -> None:
         """Encode and decode in one piece."""

@@ -19,29 +19,41 @@ class GroupStatistics:
 
     def __init__(self, norm: nn.GroupNorm):
         self.norm = norm
-        self.count = 0
-        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all slabs."""
+        # Of each channel: the number of voxels, their mean, and the sum of squares of their deviations from it.
+        self.count, self.mean, self.squares = torch.zeros(3, self.norm.num_channels, dtype=torch.float64)
 
     def add(self, slab: torch.Tensor) -> None:
         """One more slab, (1, C, x, Y, Z)."""
         voxels = slab[0].permute(1, 2, 3, 0).flatten(0, 2)  # no copy where channels lie side by side
         for part in voxels.split(ROWS if slab.device.type == "cpu" else len(voxels)):
             part = part.float()
-            count = len(part)
-            ones = part.new_ones(1, count)  # a product with them adds up faster than a sum
-            mean = (ones @ part)[0] / count
-            squares = (ones @ (part - mean).square_())[0].double().cpu()
-            change = mean.double().cpu() - self.mean
-            total = self.count + count
-            self.squares = self.squares + squares + change.square() * (self.count * count / total)
-            self.mean = self.mean + change * (count / total)
-            self.count = total
+            ones = part.new_ones(1, len(part))  # a product with them adds up faster than a sum
+            mean = (ones @ part)[0] / len(part)
+            squares = (ones @ (part - mean).square_())[0]
+            self.merge(torch.stack([torch.full_like(mean, len(part)), mean, squares]).double().cpu())
+
+    def merge(self, other: torch.Tensor) -> None:
+        """Statistics of others, as [`pack`] gives them."""
+        count, mean, squares = other
+        total = self.count + count
+        change = mean - self.mean
+        self.squares = self.squares + squares + change.square() * (self.count * count / total)
+        self.mean = self.mean + change * (count / total)
+        self.count = total
+
+    def pack(self) -> torch.Tensor:
+        """(3, C) in float64 on the CPU."""
+        return torch.stack([self.count, self.mean, self.squares])
 
     def normalize(self, slab: torch.Tensor, out: torch.Tensor, activate: bool) -> None:
         """Norm of a slab (1, C, x, Y, Z) by the statistics of all that were added, and SiLU if wanted, into a slab."""
         groups = self.mean.view(self.norm.num_groups, -1)
         mean = groups.mean(1, keepdim=True)
-        squares = self.squares.view_as(groups) / self.count + (groups - mean).square()
+        squares = (self.squares / self.count).view_as(groups) + (groups - mean).square()
         deviation = (squares.mean(1, keepdim=True) + self.norm.eps).sqrt()
         scale, shift = (value.expand_as(groups).flatten() for value in (1 / deviation, -mean / deviation))
         if self.norm.affine:

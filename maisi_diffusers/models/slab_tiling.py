@@ -17,11 +17,13 @@ from functools import partial
 
 import psutil
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from .activations import Activations
 from .finest_level import FinestLevel
 from .group_statistics import GroupStatistics
+from .shares import Shares
 from .slab_convolution import SlabConvolution, out_channels, planes_in_cache
 from .slab_layers import convolved, downsampled, resampled_size, upsampled
 from .vae_blocks_maisi import (
@@ -52,16 +54,24 @@ class SlabTiling:
         memory: bytes that features may take at once on the device.
         is_exact: whether the statistics of the finest level are those of the whole volume. Its features are then kept.
         folder: where a scratch file is made; the system's for temporary files if not given.
+        group: processes that share the slabs: each is called with the same, and gets the whole result.
     """
 
-    def __init__(self, memory: int, is_exact: bool, folder: str | os.PathLike | None = None):
-        self.memory, self.is_exact = memory, is_exact
+    def __init__(
+        self,
+        memory: int,
+        is_exact: bool,
+        folder: str | os.PathLike | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.memory, self.is_exact, self.group = memory, is_exact, group
         self.folder = tempfile.gettempdir() if folder is None else folder
 
     @torch.no_grad()
     def encode(self, encoder: MaisiEncoder3D, x: torch.Tensor) -> torch.Tensor:
         """What the encoder makes of one sample, (1, C, X, Y, Z)."""
         blocks, size = list(encoder.blocks), tuple(x.shape[2:])
+        self.shares = Shares(self.group, size[0] // 2 ** (len(blocks) - 1))
         finest = None if self.is_exact else blocks.pop(0)
         if finest is not None:
             size = resampled_size(finest.resampler, size)
@@ -76,7 +86,7 @@ class SlabTiling:
             level = FinestLevel(head, finest.resnets, None, image.size, SAMPLED_PLANES)
             slabs = self.downsampled(level, finest.resampler)
         features, statistics = self.through(steps, slabs, size, encoder.conv_norm_out)
-        return join(self.convolved(features, encoder.conv_out, statistics), features.size)
+        return self.join(self.convolved(features, encoder.conv_out, statistics), features.size)
 
     @torch.no_grad()
     def decode(
@@ -87,6 +97,7 @@ class SlabTiling:
     ) -> torch.Tensor:
         """What becomes of slabs of what the decoder makes of one sample, (1, C, X, Y, Z)."""
         blocks, size = list(decoder.blocks), tuple(z.shape[2:])
+        self.shares = Shares(self.group, size[0])
         finest = None if self.is_exact else blocks.pop()
         steps = layers_of(blocks)
         upsampler = None if finest is None else steps.pop()
@@ -104,18 +115,22 @@ class SlabTiling:
             out = (decoder.conv_norm_out, decoder.conv_out)
             level = FinestLevel(head, finest.resnets, out, size, SAMPLED_PLANES)
             slabs = ((p.start, level.read(p.start, p.stop)) for p in self.cut(size, level.channels, level.halo))
-        return join(((start, finish(slab)) for start, slab in slabs), size)
+        return self.join(((start, finish(slab)) for start, slab in slabs), size)
 
     def plan(self, steps: list[nn.Module], size: tuple[int, int, int], x: torch.Tensor) -> None:
         """Where the features of layers are kept, the first of them on a grid of a size, and what slabs may take."""
-        largest = kept_values(steps, size) * x.element_size()
-        left = self.memory - largest
-        self.where = self.device = x.device
-        if left < self.memory / 2:
-            left = self.memory
-            on_host = x.device.type != "cpu" and largest <= psutil.virtual_memory().available / 2
-            self.where = torch.device("cpu") if on_host else self.folder
-        self.for_slabs = left
+        held = self.shares.held(size[0])
+        kept = kept_values(steps, (held.stop - held.start, *size[1:])) * x.element_size()
+        self.device = x.device
+        self.where, self.for_slabs = self.place(kept, x.device)
+
+    def place(self, kept: int, device: torch.device) -> tuple[torch.device | str | os.PathLike, int]:
+        """A device or the folder for so many bytes of features, and what is then left for slabs on the device."""
+        if kept <= self.memory / 2:
+            return device, self.memory - kept
+        if device.type != "cpu" and kept <= psutil.virtual_memory().available / 2:
+            return torch.device("cpu"), self.memory
+        return self.folder, self.memory
 
     def through(
         self, steps: list[nn.Module], slabs: Slabs, size: tuple[int, int, int], last_norm: nn.GroupNorm | None
@@ -175,7 +190,10 @@ class SlabTiling:
         last = None
         for start, *parts in slabs:
             if targets is None:
-                targets = [Activations(part.shape[1], size, part.dtype, part.device, self.where) for part in parts]
+                planes = self.shares.held(size[0])
+                targets = [
+                    Activations(part.shape[1], size, part.dtype, part.device, self.where, planes) for part in parts
+                ]
             if statistics is not None:
                 statistics.add(parts[0])
             # The last plane of a slab is written after the next slab was made: maybe from what is there in its place.
@@ -185,7 +203,10 @@ class SlabTiling:
                 target.write(start, part[:, :, :-1])
             last = [part[:, :, -1:].clone() for part in parts]
         for target, plane in zip(targets, last):
-            target.write(size[0] - 1, plane)
+            target.write(self.shares.planes(size[0]).stop - 1, plane)
+        self.shares.exchange(targets[0])
+        if statistics is not None:
+            self.shares.merge(statistics, self.device)
         return targets[0], statistics
 
     def convolved(
@@ -213,7 +234,7 @@ class SlabTiling:
 
     def cut(self, size: tuple[int, int, int], channels: int, halo: int = 1, multiple: int = 1) -> Iterator[slice]:
         """
-        Slabs of a volume that are as thick as the memory lets.
+        Slabs of a volume, of the share of this process, that are as thick as the memory lets.
 
         Args:
             size: of the volume.
@@ -226,8 +247,18 @@ class SlabTiling:
         if halo == 1:  # one convolution, not a chain of them that has its own parts
             planes = min(planes, planes_in_cache(channels, math.prod(size[1:]), self.device))
         thickness = max(planes // multiple, 1) * multiple
-        for start in range(0, size[0], thickness):
-            yield slice(start, min(start + thickness, size[0]))
+        share = self.shares.planes(size[0])
+        for start in range(share.start, share.stop, thickness):
+            yield slice(start, min(start + thickness, share.stop))
+
+    def join(self, slabs: Slabs, size: tuple[int, int, int]) -> torch.Tensor:
+        """The volume (1, C, X, Y, Z) of a size that slabs make up."""
+        volume = None
+        for start, slab in slabs:
+            if volume is None:
+                volume = torch.empty((1, slab.shape[1], *size), dtype=slab.dtype, device=slab.device)
+            volume[:, :, start : start + slab.shape[2]] = slab
+        return self.shares.gather(volume)
 
 
 def kept_values(steps: list[nn.Module], size: tuple[int, int, int]) -> int:
@@ -249,13 +280,3 @@ def kept_values(steps: list[nn.Module], size: tuple[int, int, int]) -> int:
 def layers_of(blocks: list[MaisiVaeBlock3D]) -> list[nn.Module]:
     """Residual blocks and resamplers in the order they run."""
     return [layer for block in blocks for layer in (*block.resnets, block.resampler) if layer is not None]
-
-
-def join(slabs: Slabs, size: tuple[int, int, int]) -> torch.Tensor:
-    """The volume (1, C, X, Y, Z) of a size that slabs make up."""
-    volume = None
-    for start, slab in slabs:
-        if volume is None:
-            volume = torch.empty((1, slab.shape[1], *size), dtype=slab.dtype, device=slab.device)
-        volume[:, :, start : start + slab.shape[2]] = slab
-    return volume

@@ -33,13 +33,11 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
         return None
     is_on_cpu = x.device.type == "cpu"
     free = psutil.virtual_memory().available if is_on_cpu else torch.accelerator.get_memory_info(x.device)[0]
-    layers, size = layers_of(network.blocks), tuple(x.shape[2:])
-    kept = kept_values(layers, size) * x.element_size()
+    kept = kept_values(layers_of(network.blocks), tuple(x.shape[2:])) * x.element_size()
     if not is_on_cpu and ONE_PIECE * len(x) * kept <= free:
         return None
     exact = SlabTiling(int(SHARE * free), is_exact=True)
-    exact.plan(layers, size, x)
-    if exact.where != exact.folder or kept <= shutil.disk_usage(exact.folder).free:
+    if exact.place(kept, x.device)[0] != exact.folder or kept <= shutil.disk_usage(exact.folder).free:
         return exact
     warnings.warn(
         f"neither the memory nor {exact.folder} has room for the {kept / 1e9:.0f} GB that the VAE keeps for a "

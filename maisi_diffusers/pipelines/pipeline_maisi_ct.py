@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
+from torch import distributed as dist
 
 from ..anatomy import (
     TUMORS,
@@ -57,6 +58,7 @@ from .anatomy_files import AnatomyFiles, AnatomyFilesMixin
 from .denoising import check_sampling, denoise, prediction_type_of, prepare_latents
 from .editing import FEATHER, Edit, add_noise, check_edit, first_step, prepare_edit
 from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid, nearest_grid
+from .parallel import of_first, spread
 from .pipeline_maisi_mask import MaisiMaskPipeline, anatomy_size_vector
 from .pipeline_output import MaisiCTPipelineOutput
 from .recommended_grids import (
@@ -181,6 +183,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             recommended_fovs=recommended_fovs,
         )
         self._interrupt = False
+        self.group: dist.ProcessGroup | None = None
 
     @classmethod
     def from_maisi_checkpoint(
@@ -230,6 +233,28 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
     def interrupt(self) -> bool:
         """Whether a callback has asked to end the run: it sets `pipe._interrupt = True`."""
         return self._interrupt
+
+    def enable_parallelism(self, group: dist.ProcessGroup | None = None, memory: int | str = "4GiB") -> None:
+        r"""
+        Spread one image over processes, each with this pipeline on a device of its own: they are called with the same
+        arguments, a seeded `generator` among them, and all get the images. Under guidance the two predictions of a
+        step are made at the same time, and the VAE's slabs are shared (see `enable_exact_tiling`). To make many
+        images, let each process make its own instead.
+
+        Args:
+            group: the processes; all that were started if not given. `accelerate.PartialState()` starts them.
+            memory: what the features of the VAE may take at once in each process.
+
+        Raises:
+            ValueError: if no processes were started.
+        """
+        if not dist.is_initialized():
+            raise ValueError(
+                "there are no processes to spread the work over: run this with accelerate launch or torchrun, and "
+                "make accelerate.PartialState() before"
+            )
+        self.group = dist.group.WORLD if group is None else group
+        self.vae.enable_exact_tiling(memory, group=self.group)
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -659,13 +684,17 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             constrain = partial(edit.keep_the_rest, noised)
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            output = self.predict(latents, timestep, conditions, embedding, controlnet_conditioning_scale)
+            branches = [(conditions, embedding)]
             if guidance_scale > 0:
-                uncond = self.predict(
-                    latents, timestep, uncond_conditions, uncond_embedding, controlnet_conditioning_scale
-                )
-                output = uncond + guidance_scale * (output - uncond)
-            return output
+                branches.append((uncond_conditions, uncond_embedding))
+            outputs = spread(
+                [
+                    partial(self.predict, latents, timestep, *branch, controlnet_conditioning_scale)
+                    for branch in branches
+                ],
+                self.group,
+            )
+            return outputs[0] if len(outputs) == 1 else outputs[1] + guidance_scale * (outputs[0] - outputs[1])
 
         return denoise(
             self,
@@ -825,6 +854,10 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             output_type,
             restore_grid,
         )
+        if self.group is not None and generator is None:
+            raise ValueError(
+                "processes that make an image together need the same noise: give generator=, seeded alike in each"
+            )
         if not isinstance(quality_retries, Integral) or quality_retries < 0:
             raise ValueError(f"quality_retries={quality_retries!r} is not allowed: give a whole number, 0 or more")
         kept = [*(anatomy_list or []), *(name for name, size in controllable_anatomy_size or [] if size >= 0)]
@@ -864,6 +897,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             label_maps, regions, label_map_reports = self.look_up_masks(
                 body_region, anatomy_list, num_images, generator, output_size, spacing, augment_mask
             )
+
+        label_maps, regions, label_map_reports = of_first([label_maps, regions, label_map_reports], self.group)
 
         self.warn_of_unusual_fov(label_maps, body_region, modality, output_size, spacing)
         edit = None

@@ -14,6 +14,7 @@ from maisi_diffusers.models import slab_convolution, slab_tiling, winograd
 from maisi_diffusers.models.activations import Activations
 from maisi_diffusers.models.finest_level import FinestLevel
 from maisi_diffusers.models.group_statistics import GroupStatistics
+from maisi_diffusers.models.shares import Shares
 from maisi_diffusers.models.slab_convolution import SlabConvolution
 from maisi_diffusers.models.slab_tiling import SlabTiling
 from maisi_diffusers.models.tiling_choice import choose_tiling
@@ -222,7 +223,7 @@ def test_less_is_kept_without_the_finest_level(monkeypatch):
 
 def test_slabs_are_as_thick_as_the_memory_lets():
     tiling = SlabTiling(10**6, is_exact=True)
-    tiling.device = torch.device("meta")
+    tiling.device, tiling.shares = torch.device("meta"), Shares(None, 1)
     tiling.for_slabs = 6 * 4 * slab_tiling.SLABS_AT_ONCE * 1000
     assert [(s.start, s.stop) for s in tiling.cut((9, 100, 2), 5)] == [(0, 4), (4, 8), (8, 9)]
     assert [(s.start, s.stop) for s in tiling.cut((10, 100, 2), 4, multiple=2)] == [(0, 4), (4, 8), (8, 10)]
