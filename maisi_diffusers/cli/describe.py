@@ -18,7 +18,7 @@ from ..pipelines.anatomy_files import AnatomyFiles
 from ..pipelines.input_rules import CT_RULES
 from ..pipelines.pipeline_maisi_ct import DEFAULT_SIZE, DEFAULT_SPACING
 from ..pipelines.recommended_grids import RECOMMENDED_CT_GRIDS
-from .memory import estimate_memory
+from .memory import describe_memory
 from .models import INDEX, Model
 from .weights import weight_dtypes
 
@@ -26,13 +26,13 @@ from .weights import weight_dtypes
 HOMES = {"maisi_diffusers": (models, schedulers), "diffusers": (diffusers,)}
 
 
-def describe(model: Model, output_size: tuple[int, int, int] | None) -> dict:
+def describe(model: Model, plan: tuple[int, int, int] | None) -> dict:
     """
     What there is to know of a model before it is used.
 
     Args:
         model: to describe.
-        output_size: what the memory is to be told for; the model's default if not given.
+        plan: size of an image in voxels that the memory is to be told for; the model's default if not given.
 
     Raises:
         FileNotFoundError: a file of its that cannot be read from here.
@@ -43,9 +43,9 @@ def describe(model: Model, output_size: tuple[int, int, int] | None) -> dict:
     pipe = without_weights(model.folder)
     database = AnatomyFiles(repository).mask_database
     rules = pipe.config.input_rules
-    size = tuple(output_size or pipe.config.default_output_size or DEFAULT_SIZE)
+    size = tuple(plan or pipe.config.default_output_size or DEFAULT_SIZE)
     if any(n < 1 or n % pipe.size_multiple for n in size):
-        raise ValueError(f"--output-size {size} is not allowed: this model needs multiples of {pipe.size_multiple}")
+        raise ValueError(f"--plan {size} is not allowed: this model needs multiples of {pipe.size_multiple}")
     new_classes = {name: index for name, index in pipe.vocabulary.items() if name not in LABELS}
     known = {name: index for name, index in pipe.vocabulary.items() if index not in DUMMIES or name in new_classes}
     return {
@@ -71,10 +71,7 @@ def describe(model: Model, output_size: tuple[int, int, int] | None) -> dict:
         ],
         "guidance_scale": pipe.config.guidance_scale,
         "recommended_fovs": pipe.config.recommended_fovs or {},
-        "memory": {
-            "output_size": list(size),
-            "bytes": round(estimate_memory(pipe, size)),
-        },
+        "memory": describe_memory(pipe, size),
     }
 
 

@@ -22,11 +22,11 @@ def info(
         str | None,
         typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the Hub.", show_default=False),
     ] = None,
-    output_size: Annotated[
+    plan: Annotated[
         tuple[int, int, int] | None,
         typer.Option(
             metavar="X Y Z",
-            help="Voxels to tell the memory for; the model's default if not given.",
+            help="Tell the memory that each stage of making so many voxels needs, and which modes fit.",
             show_default=False,
         ),
     ] = None,
@@ -42,36 +42,36 @@ def info(
 
     ```
     maisi-ct info
-    maisi-ct info maisi-rflow-ct --output-size 512 512 256
+    maisi-ct info maisi-rflow-ct --plan 512 512 256
     ```
     """
     found = find_model(model, revision)
 
     from .describe import describe  # takes seconds to import
 
-    facts = describe(found, output_size)
+    facts = describe(found, plan)
     if as_json:
         print(json.dumps(facts))
     else:
-        show(facts)
+        show([*lines_of(facts), *memory_lines(facts["memory"], with_stages=plan is not None)])
 
 
-def show(facts: dict) -> None:
-    """Print what there is to know in lines of name and value."""
+def show(lines: list[tuple[str, str]]) -> None:
+    """Print lines of name and value."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
-    for name, value in lines_of(facts):
+    for name, value in lines:
         table.add_row(name, value)
     Console(markup=False, highlight=False).print(table)  # names of folders may have brackets
 
 
 def lines_of(facts: dict) -> list[tuple[str, str]]:
     """Names and values of what [`describe`] tells."""
-    model, database, rules, memory = (facts[name] for name in ("model", "mask_database", "input_rules", "memory"))
+    model, database, rules = (facts[name] for name in ("model", "mask_database", "input_rules"))
     lines = [
         ("model", f"{model['name']} ({model['source']}{' at ' + model['revision'] if model['revision'] else ''})"),
         ("licence", facts["licence"] or "not said in its model card: ask whoever made it"),
@@ -122,8 +122,23 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
             for region, fovs in by_region.items()
         )
         lines.append(("" if i else "fields of view", f"{modality}: {text}"))
-    size = size_text(memory["output_size"])
-    lines.append(
-        ("memory", f"about {memory['bytes'] / 1e9:.1f} GB on the CPU in float32 for {size} voxels (an estimate)")
-    )
+    return lines
+
+
+def memory_lines(memory: dict, with_stages: bool) -> list[tuple[str, str]]:
+    """What [`describe_memory`] tells: of the ways to decode, and if wanted of every stage."""
+    plans, free = memory["plans"], memory["free"]
+    title = f"GB for {size_text(memory['output_size'])} voxels; {free / 1e9:.1f} are free on {memory['device']}"
+    lines = [("memory", f"{title}; the mode is that of maisi-ct generate --tiling")]
+    first = next(iter(plans.values()))
+    if with_stages:
+        for stage in first["stages"]:
+            values = [f"{plan['stages'][stage] / 1e9:.2f} in {dtype}" for dtype, plan in plans.items()]
+            lines.append((f"  {stage}", ", ".join(values)))
+    for mode in first["modes"]:
+        values = [
+            f"{plan['modes'][mode] / 1e9:.2f} in {dtype}{'' if plan['modes'][mode] <= free else ' (does not fit)'}"
+            for dtype, plan in plans.items()
+        ]
+        lines.append((f"  all, {mode}", ", ".join(values)))
     return lines

@@ -1,31 +1,39 @@
-"""How much memory an image needs, before it is tried."""
+"""How much memory an image needs in the ways there are to make it, and what there is."""
 
-import math
-
+import psutil
 import torch
 
-from ..models.slab_convolution import CPU_SLAB
-from ..models.slab_tiling import SLABS_AT_ONCE, kept_values, layers_of
 from ..pipelines import MaisiCTPipeline
+from ..pipelines.memory_plan import plan_memory
+from .devices import DTYPES, pick_device
 
 # Python with torch and diffusers.
 PROGRAM = 500e6
 
 
-def estimate_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> float:
+def describe_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int]) -> dict:
     """
-    Bytes that making one image takes, weights among them: an estimate, for the CPU.
-
-    Decoding is where the most is needed: for the features that are kept from layer to layer, slabs of them, and the
-    image with copies of it, in float32.
+    What making one image takes, with 32 and with 16 bits.
 
     Args:
         pipe: with or without its weights.
         size: of the image, in voxels.
-        dtype: of the networks.
+
+    Returns:
+        as JSON has it: `device` and its `free` bytes, and for each dtype the `stages` of [`plan_memory`] and bytes in
+        all for each of the `modes`, weights and program among them.
     """
-    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-    weights = sum(network.num_parameters() for network in networks) * dtype.itemsize
-    latent_size = tuple(n // pipe.vae.spatial_compression_ratio for n in size)
-    kept = kept_values(layers_of(pipe.vae.decoder.blocks), latent_size) * dtype.itemsize
-    return PROGRAM + weights + kept + SLABS_AT_ONCE * CPU_SLAB + 4 * 4 * math.prod(size)
+    device = pick_device("auto")
+    is_cpu = device.type == "cpu"
+    free = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
+    plans = {}
+    for name in ("float32", "bfloat16"):
+        stages = plan_memory(pipe, size, DTYPES[name])
+        other = max(stages.get("embedding", 0), stages["step"])
+        decoding = {"off": stages["decode off"]}
+        for tiling in ("exact", "fast"):
+            decoding[tiling] = stages[f"decode {tiling}"]
+            decoding[f"{tiling}, scratch file"] = stages[f"decode {tiling}"] - stages[f"kept {tiling}"]
+        base = stages["weights"] + (PROGRAM if is_cpu else 0)
+        plans[name] = {"stages": stages, "modes": {mode: round(base + max(other, n)) for mode, n in decoding.items()}}
+    return {"output_size": list(size), "device": str(device), "free": free, "plans": plans}

@@ -20,8 +20,8 @@ from .unet_3d_maisi import MaisiUNet3DConditionModel
 
 # Planes along X that the condition is embedded for at a time, under gradient checkpointing; and at least.
 SLAB = 32
-# Voxels of a slab otherwise: more than most volumes have.
-SLAB_VOXELS = 256 * 256 * 128
+# Values of a slab otherwise: more than most volumes have.
+SLAB_VALUES = 2**26
 # How far three convolutions, the last of them strided, reach beyond its two ends; even, for the stride.
 SLAB_MARGINS = (4, 2)
 
@@ -49,25 +49,38 @@ class MaisiControlNetConditioningEmbedding(MaisiBlock3D):
         """
         (N, 8, X, Y, Z) of any dtype -> (N, C, X/4, Y/4, Z/4), computed in `dtype`.
 
-        Of large volumes, and under gradient checkpointing of all, the first convolutions, up to the first that halves
-        the axes, run in slabs along X, and the activations of one slab at a time are in memory: at full resolution
-        they are what most memory goes to. A slab comes with the voxels beyond its ends that its result depends on.
+        Of large volumes, convolutions up to one that halves the axes run in slabs along X, and the activations of one
+        slab at a time are in memory. Under gradient checkpointing those at full resolution do of all volumes: they are
+        what most memory goes to. A slab comes with the voxels beyond its ends that its result depends on.
         """
-        first, rest = [self.conv_in, *self.blocks[:2]], [*self.blocks[2:], self.conv_out]
-        size = conditioning.shape[2]
-        length = SLAB
-        if not self.gradient_checkpointing:
-            length = max(SLAB_VOXELS // math.prod(conditioning.shape[3:]) // 2 * 2, SLAB)
+        embedding, first = conditioning, [self.conv_in, *self.blocks[:2]]
+        for convs in [first, *zip(self.blocks[2::2], self.blocks[3::2])]:
+            length = max(SLAB_VALUES // (convs[0].in_channels * math.prod(embedding.shape[3:])) // 2 * 2, SLAB)
+            if self.gradient_checkpointing and convs is first:
+                length = SLAB
+            embedding = self.in_slabs(embedding, convs, dtype, length, is_whole=convs is first)
+        return self.run(self.embed, embedding, [self.conv_out], dtype).contiguous()
+
+    def in_slabs(
+        self, embedding: torch.Tensor, convs: list[nn.Conv3d], dtype: torch.dtype, length: int, is_whole: bool
+    ) -> torch.Tensor:
+        """
+        Some of the convolutions, the last of which halves the axes.
+
+        Args:
+            length: planes along X of a slab.
+            is_whole: whether they are checkpointed together, or each.
+        """
+        size, parts = embedding.shape[2], [convs] if is_whole else [[conv] for conv in convs]
         slabs = []
         for start in range(0, size, length):
             stop = min(start + length, size)
             begin, end = max(start - SLAB_MARGINS[0], 0), min(stop + SLAB_MARGINS[1], size)
-            slab = self.run(self.embed, conditioning[:, :, begin:end], first, dtype)
+            slab = embedding[:, :, begin:end]
+            for part in parts:
+                slab = self.run(self.embed, slab, part, dtype)
             slabs.append(slab[:, :, (start - begin) // 2 : (stop - begin) // 2])
-        embedding = torch.cat(slabs, dim=2)
-        for conv in rest:
-            embedding = self.run(self.embed, embedding, [conv], dtype)
-        return embedding.contiguous()
+        return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=2)
 
     def embed(self, embedding: torch.Tensor, convs: list[nn.Conv3d], dtype: torch.dtype) -> torch.Tensor:
         """Some of the convolutions, each of which comes after SiLU but for the very first."""

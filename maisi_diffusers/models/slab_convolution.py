@@ -1,5 +1,6 @@
 """A convolution of the VAE, slab by slab, with the norm and the activation before it."""
 
+import math
 import sys
 
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 from . import winograd
 from .group_statistics import GroupStatistics
 
-# Winograd's products must save more than its sums take: measured for 64 to 256 channels.
-WINOGRAD_CHANNELS = 32
+# Winograd's products must save more than its sums take: channels from which they do, measured for 64 to 256 of them.
+WINOGRAD_CHANNELS = {torch.float32: 32, torch.bfloat16: 64}
 # Bytes and planes of a slab on the CPU: thicker ones leave its cache, thinner ones have many neighbours.
 CPU_SLAB = 20e6
 CPU_PLANES = 4
@@ -29,15 +30,15 @@ class SlabConvolution:
         self.is_plain = type(conv) is nn.Conv3d and not (
             conv._forward_pre_hooks or conv._forward_hooks or "forward" in vars(conv)
         )
-        # In half precision the sums would be rounded, which is seen in the result.
         self.saves_products = (
             self.is_plain
             and conv.weight.device.type == "cpu"
-            and conv.weight.dtype == torch.float32
-            and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
+            and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS.get(conv.weight.dtype, math.inf)
         )
+        self.is_along_x = conv.weight.dtype != torch.float32
         if self.saves_products:
-            self.weight = winograd.transform_weight(conv.weight)
+            transform = winograd.transform_weight_along_x if self.is_along_x else winograd.transform_weight
+            self.weight = transform(conv.weight)
         elif self.is_plain:  # the result has the channels of a voxel side by side if the weight has
             self.weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
 
@@ -66,9 +67,10 @@ class SlabConvolution:
             return self.conv(slab)[:, :, 0 if is_first else 1 : None if is_last else -1]
 
         _, channels, planes, rows, columns = slab.shape
-        before, behind, beside = int(is_first), int(is_last), int(self.saves_products)
-        # Winograd makes two planes and two rows at once: one more of zeros where there is none for the last.
-        more_planes, more_rows = ((planes + before + behind) % 2, rows % 2) if self.saves_products else (0, 0)
+        before, behind, beside = int(is_first), int(is_last), int(self.saves_products and not self.is_along_x)
+        # Winograd makes two planes, and two rows, at once: one more of zeros where there is none for the last.
+        more_planes = (planes + before + behind) % 2 if self.saves_products else 0
+        more_rows = rows % 2 if beside else 0
         size = (before + planes + behind + more_planes, beside + rows + beside + more_rows, columns)
         padded = slab.new_empty(1, *size, channels).permute(0, 4, 1, 2, 3)
         padded[:, :, :before] = padded[:, :, before + planes :] = 0
@@ -80,7 +82,8 @@ class SlabConvolution:
             statistics.normalize(slab, inside, activate)
         if not self.saves_products:
             return F.conv3d(padded, self.weight, self.conv.bias, padding=(0, 1, 1))
-        result = winograd.convolve(padded[0].transpose(0, 1), self.weight, self.conv.bias).transpose(0, 1)[None]
+        convolve = winograd.convolve_along_x if self.is_along_x else winograd.convolve
+        result = convolve(padded[0].transpose(0, 1), self.weight, self.conv.bias).transpose(0, 1)[None]
         return result[:, :, : result.shape[2] - more_planes, : result.shape[3] - more_rows]
 
     def in_parts(self, slab: torch.Tensor, is_first: bool, is_last: bool, *args) -> torch.Tensor:

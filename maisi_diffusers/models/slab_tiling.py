@@ -277,6 +277,24 @@ def kept_values(steps: list[nn.Module], size: tuple[int, int, int]) -> int:
     return largest
 
 
+def slab_memory(decoder: MaisiDecoder3D, size: tuple[int, int, int], is_exact: bool) -> tuple[int, int]:
+    """
+    What decoding in slabs takes on the CPU: values of features that are kept, and bytes of slabs, at least.
+
+    Args:
+        decoder: the decoder.
+        size: of the latent.
+        is_exact: see [`SlabTiling`].
+    """
+    steps, halo = layers_of(decoder.blocks), 1
+    if not is_exact:
+        steps, halo = layers_of(decoder.blocks[:-1])[:-1], 2 * len(decoder.blocks[-1].resnets) + 2
+    channels, voxels = decoder.conv_out.in_channels, math.prod(size[1:]) * 4 ** (len(decoder.blocks) - 1)
+    planes = planes_in_cache(channels, voxels, torch.device("cpu")) if is_exact else 1
+    slabs = SLABS_AT_ONCE * (planes + 2 * halo) * channels * voxels * torch.float32.itemsize
+    return kept_values(steps, size), slabs
+
+
 def layers_of(blocks: list[MaisiVaeBlock3D]) -> list[nn.Module]:
     """Residual blocks and resamplers in the order they run."""
     return [layer for block in blocks for layer in (*block.resnets, block.resampler) if layer is not None]

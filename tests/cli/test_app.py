@@ -29,7 +29,7 @@ def test_version():
     [
         ("generate", "--body-region"),
         ("preview", "--window"),
-        ("info", "--output-size"),
+        ("info", "--plan"),
         ("convert", "--max_shard_size"),
         ("prepare", "--class_organs"),
         ("encode", "--posterior"),

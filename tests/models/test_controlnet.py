@@ -212,13 +212,16 @@ def test_condition_or_its_embedding():
 def test_large_condition_in_slabs(planes, monkeypatch):
     """Of a few planes at once, an even number; from the bits as bytes too."""
     controlnet = build("controlnet")
-    bits = torch.randint(2, (1, 8, 80, 8, 4), dtype=torch.uint8)
+    bits = torch.randint(2, (1, 8, 160, 8, 4), dtype=torch.uint8)
     whole = controlnet.embed_condition(bits.float())
-    sizes, conv_in = [], controlnet.controlnet_cond_embedding.conv_in
-    conv_in.register_forward_pre_hook(lambda layer, args: sizes.append(args[0].shape[2]))
-    monkeypatch.setattr(controlnet_maisi, "SLAB_VOXELS", planes * 8 * 4)
+    layers, sizes = controlnet.controlnet_cond_embedding, {}
+    for layer in (layers.conv_in, layers.blocks[2]):
+        layer.register_forward_pre_hook(lambda layer, args: sizes.setdefault(layer, []).append(args[0].shape[2]))
+    monkeypatch.setattr(controlnet_maisi, "SLAB_VALUES", planes * 8 * 8 * 4)
     assert deviation(controlnet.embed_condition(bits), whole) < 1e-6
-    assert sizes == {32: [34, 38, 20], 35: [36, 40, 16]}[planes]
+    full, half = sizes.values()
+    assert full == {32: [34, 38, 38, 38, 36], 35: [36, 40, 40, 40, 28]}[planes]
+    assert half == {32: [66, 20], 35: [72, 14]}[planes]
 
 
 @torch.no_grad()

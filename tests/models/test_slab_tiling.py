@@ -164,6 +164,31 @@ def test_fewer_products(bias):
     assert (found.transpose(0, 1)[None] - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_fewer_products_along_x(bias):
+    conv = torch.nn.Conv3d(5, 7, 3, padding=(0, 1, 1), bias=bias)
+    x = draw(1, 5, 8, 12, 5)
+    found = winograd.convolve_along_x(x[0].transpose(0, 1), winograd.transform_weight_along_x(conv.weight), conv.bias)
+    assert_equal(found.transpose(0, 1)[None], conv(x))
+
+
+@pytest.mark.parametrize("length", [5, 8])
+@torch.no_grad()
+def test_half_precision_with_fewer_products(length):
+    """Of one layer: with twice the error of the same without."""
+    conv = torch.nn.Conv3d(64, 64, 3, padding=1)
+    x = draw(1, 64, length, 6, 7)
+    plain = conv.to(torch.bfloat16)(x.to(torch.bfloat16))
+    slab = SlabConvolution(conv)
+    assert slab.saves_products and slab.is_along_x
+    found = slab(x.to(torch.bfloat16), True, True)
+    assert found.dtype == torch.bfloat16 and found.shape == plain.shape
+    expected = conv.double()(x.double())
+    errors = [(one.double() - expected).square().mean().sqrt() for one in (plain, found)]
+    assert 0 < errors[1] < 2.2 * errors[0]
+
+
 @torch.no_grad()
 def test_statistics_of_slabs():
     """Also where the mean is large beside the deviation."""

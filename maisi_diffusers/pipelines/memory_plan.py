@@ -1,0 +1,115 @@
+"""How much memory a volume takes, stage by stage, before it is tried."""
+
+import math
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..models.slab_tiling import slab_memory
+from .pipeline_maisi_ct import MaisiCTPipeline
+
+
+class LivingTensors(TorchDispatchMode):
+    """
+    The highest sum of bytes of the tensors that were alive at once in a block.
+
+    A convolution takes more while it runs: oneDNN orders the values of input and weight anew, unless the channels of a
+    voxel lie side by side.
+    """
+
+    def __enter__(self):
+        self.now = self.highest = 0
+        self.counted = weakref.WeakSet()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {id(storage) for storage in storages((args, kwargs))}  # of which a result may be a view
+        result = func(*args, **(kwargs or {}))
+        for storage in storages(result):
+            if id(storage) not in given and storage not in self.counted:
+                self.counted.add(storage)
+                self.change(storage.nbytes())
+                weakref.finalize(storage, self.change, -storage.nbytes())
+        if func is torch.ops.aten.convolution.default:
+            ordered = [x for x in args[:2] if not x.is_contiguous(memory_format=torch.channels_last_3d)]
+            self.highest = max(self.highest, self.now + sum(x.nbytes for x in ordered))
+        return result
+
+    def change(self, num_bytes: int) -> None:
+        self.now += num_bytes
+        self.highest = max(self.highest, self.now)
+
+
+def storages(tree) -> list[torch.UntypedStorage]:
+    """Of the tensors in nested tuples, lists and dictionaries."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def with_dtype(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A network like it, all of whose weights have a dtype."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # Without what diffusers notes beside it: it takes arguments that were given by position for left out.
+        return type(network).from_config({name: v for name, v in network.config.items() if not name.startswith("_")})
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, int]:
+    """
+    Bytes that each stage of making one image takes at its highest, besides the weights, which stay.
+
+    The networks run on tensors without values, and those that are alive at once are added up.
+
+    Args:
+        pipe: with or without its weights.
+        size: of the image, in voxels, which the model can make.
+        dtype: of the networks.
+
+    Returns:
+        stage -> bytes: `weights`; `embedding` of the label map, with a ControlNet; `step`; `decode off`, in one piece,
+        `decode exact` and `decode fast`, in slabs; and `kept exact` and `kept fast`, what of these can be on the host
+        or in a scratch file instead.
+    """
+    latent_size = tuple(n // pipe.vae.spatial_compression_ratio for n in size)
+    with FakeTensorMode(), torch.no_grad():
+        networks = {
+            name: with_dtype(network, dtype)
+            for name, network in pipe.components.items()
+            if isinstance(network, torch.nn.Module)
+        }
+        stages = {"weights": sum(p.numel() * p.element_size() for one in networks.values() for p in one.parameters())}
+        vae, unet, controlnet = networks["vae"], networks["unet"], networks.get("controlnet")
+        latents = torch.empty(1, unet.config.in_channels, *latent_size, dtype=dtype)
+        conditions = {"timestep": torch.empty(1)}
+        if unet.config.num_class_embeds is not None:
+            conditions["class_labels"] = torch.ones(1, dtype=torch.long)
+        if controlnet is not None:
+            bits = torch.empty(1, 8, *size, dtype=torch.uint8)
+            with LivingTensors() as living:
+                embedding = controlnet.embed_condition(bits)
+            stages["embedding"] = bits.nbytes + living.highest
+        with LivingTensors() as living:
+            residuals = {}
+            if controlnet is not None:
+                down, mid = controlnet(latents, **conditions, controlnet_cond_embedding=embedding, return_dict=False)
+                residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+            if unet.config.use_spacing:
+                conditions["spacing"] = torch.ones(1, 3, dtype=dtype)
+            if unet.config.use_region_index:
+                conditions |= dict.fromkeys(("top_region_index", "bottom_region_index"), torch.ones(1, 4, dtype=dtype))
+            unet(latents, **conditions, **residuals)
+        stages["step"] = living.highest
+        vae.disable_tiling()
+        with LivingTensors() as living:
+            vae.decode(latents)
+        stages["decode off"] = living.highest
+    for name, is_exact in (("exact", True), ("fast", False)):
+        kept, slabs = slab_memory(pipe.vae.decoder, latent_size, is_exact)
+        stages[f"kept {name}"] = kept * dtype.itemsize
+        stages[f"decode {name}"] = kept * dtype.itemsize + slabs + math.prod(size) * dtype.itemsize
+    return stages

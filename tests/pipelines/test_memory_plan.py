@@ -1,0 +1,60 @@
+"""What is said of memory before it is taken."""
+
+import pytest
+import torch
+
+from maisi_diffusers.pipelines.memory_plan import LivingTensors, plan_memory
+from tests.tiny import make_pipeline
+
+SIZE = (32, 16, 24)
+
+
+def test_living_tensors():
+    """What lives is counted once, and no more when it is gone; of what was there before, nothing."""
+    before = torch.ones(1000)
+    with LivingTensors() as living:
+        first = before + 1
+        view = first.view(10, 100)
+        second = view * 2
+        assert living.now == living.highest == 2 * 4000
+        del first, view
+        third = second.add_(before.view(10, 100)) + 1
+        assert living.now == 2 * 4000
+        del second, third
+        assert living.now == 0
+    assert living.highest == 2 * 4000
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_convolutions_take_more(channels_last):
+    conv = torch.nn.Conv3d(8, 4, 3)
+    x = torch.ones(1, 8, 10, 10, 10)
+    if channels_last:
+        conv, x = (one.to(memory_format=torch.channels_last_3d) for one in (conv, x))
+    with torch.no_grad(), LivingTensors() as living:
+        y = conv(x)
+    assert living.highest == y.nbytes + (0 if channels_last else x.nbytes + conv.weight.nbytes)
+
+
+@pytest.mark.parametrize("version", ["rflow-ct", "ddpm-ct"])
+def test_stages(version):
+    """Features of the VAE's finest level, 16 channels, are what counts."""
+    pipe = make_pipeline(version)
+    weights = sum(
+        p.nbytes for one in pipe.components.values() if isinstance(one, torch.nn.Module) for p in one.parameters()
+    )
+    plans = {dtype: plan_memory(pipe, SIZE, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    single, half = plans.values()
+    assert single["weights"] == weights == 2 * half["weights"]
+    feature = 16 * 32 * 16 * 24 * 4
+    assert single["kept exact"] == 2 * feature == 2 * half["kept exact"]
+    assert 2 * half["decode off"] == single["decode off"] > 3 * feature
+    assert single["embedding"] > half["embedding"] > 8 * 32 * 16 * 24
+    assert next(pipe.unet.parameters()).device.type == "cpu" and next(pipe.unet.parameters()).dtype == torch.float32
+
+
+def test_without_controlnet():
+    pipe = make_pipeline()
+    pipe.register_modules(controlnet=None)
+    stages = plan_memory(pipe, SIZE, torch.float32)
+    assert "embedding" not in stages and stages["step"] > 0
