@@ -8,18 +8,21 @@ MONAI's of the same random weights.
 MONAI's networks in float32 are the unit; with other `--variants` the first of these is. Every variant runs in a
 process of its own, so that its memory is its own, and they take turns, so that what else the machine does is shared by
 all; ratios are those of the fastest times. Memory is what the work adds to the process at its highest. The deviation
-is the largest from the first's result.
+is the largest from the first's result. A variant is a dtype, a way to tile, maybe its memory, and maybe what it goes
+without: "float32 auto without winograd".
 """
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from maisi_diffusers import MaisiCTPipeline
-from maisi_diffusers.models import TILINGS
+from maisi_diffusers.models import TILINGS, slab_convolution, upsample_conv_maisi
 from tests.parity.monai_reference import PUBLISHED, build_networks, network_config, save_checkpoint
 
 from .turns import serve, take_turns
@@ -28,12 +31,24 @@ VERSION = "rflow-ct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Of a cube: edge of the latent in voxels; variants.
 WORK = {
-    "step": (32, ["MONAI", "float32 off", "bfloat16 off"]),
+    "embedding": (32, ["MONAI", "float32 off", "bfloat16 off"]),
+    "step": (
+        32,
+        ["MONAI", "float32 off", "bfloat16 off", "float32 off without embedding", "float32 off without phases"],
+    ),
     "decode": (
         24,
-        ["MONAI", "float32 auto", "bfloat16 auto", "float32 off", "float32 exact 256MB", "float32 fast 1GB"],
+        [
+            *("MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off", "float32 exact 256MiB"),
+            *("float32 auto without winograd", "bfloat16 auto without winograd"),
+        ],
     ),
-    "encode": (24, ["MONAI", "float32 auto", "bfloat16 auto", "float32 off"]),
+    "encode": (24, ["MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off"]),
+}
+# What can be switched off, besides that a label map is embedded once for all steps.
+SWITCHES = {
+    "winograd": lambda: slab_convolution.WINOGRAD_CHANNELS.clear(),
+    "phases": lambda: setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", math.inf),
 }
 
 
@@ -43,7 +58,7 @@ def make_inputs(work: str, size: int, dtype: torch.dtype, device: torch.device) 
     inputs = {"latents": torch.randn(1, 4, *[size] * 3, generator=generator).to(dtype)}
     if work == "encode":
         inputs["image"] = torch.rand(1, 1, *[4 * size] * 3, generator=generator).to(dtype)
-    if work == "step":
+    if work in ("embedding", "step"):
         inputs["bits"] = torch.randint(2, (1, 8, *[4 * size] * 3), generator=generator).to(dtype)
         inputs["spacing"] = torch.tensor([[150.0, 150.0, 200.0]], dtype=dtype)
         inputs["timesteps"], inputs["class_labels"] = torch.tensor([500.0]), torch.tensor([1])
@@ -54,6 +69,8 @@ def monai_work(work: str, size: int, device: torch.device) -> Callable[[], torch
     """One call of MONAI's networks, in float32; of the step as its published script does it."""
     networks = {name: network.to(device) for name, network in build_networks(VERSION, PUBLISHED).items()}
     inputs = make_inputs(work, size, torch.float32, device)
+    if work == "embedding":
+        return lambda: networks["controlnet"].controlnet_cond_embedding(inputs["bits"])
     if work == "decode":
         return lambda: networks["vae"].decode(inputs["latents"])
     if work == "encode":
@@ -72,21 +89,27 @@ def monai_work(work: str, size: int, device: torch.device) -> Callable[[], torch
     return step
 
 
-def our_work(
-    work: str, size: int, settings: list[str], folder: Path, device: torch.device
-) -> Callable[[], torch.Tensor]:
+def our_work(work: str, size: int, variant: str, folder: Path, device: torch.device) -> Callable[[], torch.Tensor]:
     """One call of ours; a step is one of many, for which the label map has been embedded once."""
-    dtype, tiling, *memory = DTYPES[settings[0]], *settings[1:]
-    pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=dtype).to(device)
+    settings, _, switched_off = variant.partition(" without ")
+    if switched_off in SWITCHES:
+        SWITCHES[switched_off]()
+    dtype, tiling, *memory = settings.split()
+    pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=DTYPES[dtype]).to(device)
     TILINGS[tiling](pipe.vae, *memory)
-    inputs = make_inputs(work, size, dtype, device)
+    inputs = make_inputs(work, size, DTYPES[dtype], device)
     if work == "decode":
         return lambda: pipe.vae.decode(inputs["latents"]).sample
     if work == "encode":
         return lambda: pipe.vae.encode(inputs["image"]).latent_dist.mode()
+    embed = partial(pipe.controlnet.embed_condition, inputs["bits"])
+    if work == "embedding":
+        return embed
     conditions = {"class_labels": inputs["class_labels"], "spacing": inputs["spacing"]}
-    embedding = pipe.controlnet.embed_condition(inputs["bits"])
-    return lambda: pipe.predict(inputs["latents"], inputs["timesteps"], conditions, embedding, 1.0)
+    step = partial(pipe.predict, inputs["latents"], inputs["timesteps"], conditions, conditioning_scale=1.0)
+    if switched_off == "embedding":
+        return lambda: step(condition_embedding=embed())
+    return partial(step, condition_embedding=embed())
 
 
 def run_variant(variant: str, work: str, size: int, folder: Path) -> None:
@@ -96,7 +119,7 @@ def run_variant(variant: str, work: str, size: int, folder: Path) -> None:
     if variant == "MONAI":
         call = monai_work(work, size, device)
     else:
-        call = our_work(work, size, variant.split(), folder, device)
+        call = our_work(work, size, variant, folder, device)
 
     def save_first() -> None:
         result, path = call(), folder / f"{work} {variant}.pt"

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import torch
 
 from maisi_diffusers import MaisiCTPipeline
-from maisi_diffusers.imaging import labels_to_nifti, spacing_affine
+from maisi_diffusers.imaging import spacing_of
 from maisi_diffusers.models import TILINGS
 from maisi_diffusers.phantom import make_phantom
 from tests.parity.monai_reference import (
@@ -40,20 +42,19 @@ FIELD_OF_VIEW = (384.0, 384.0, 320.0)
 VARIANTS = ["MONAI", "bfloat16 auto"]
 
 
-def make_label_map(size: tuple[int, int, int]):
+def make_label_map(size: tuple[int, int, int]) -> nib.Nifti1Image:
     """A phantom's, of chest and abdomen."""
-    spacing = tuple(mm / n for mm, n in zip(FIELD_OF_VIEW, size))
-    return make_phantom(0, size=size, spacing=spacing).labels, spacing
+    return make_phantom(0, size=size, spacing=tuple(mm / n for mm, n in zip(FIELD_OF_VIEW, size))).labels
 
 
 def monai_work(size: tuple[int, int, int], steps: int, device: torch.device) -> Callable[[], None]:
     networks = {name: network.to(device) for name, network in build_networks(VERSION, PUBLISHED).items()}
-    labels, spacing = make_label_map(size)
-    spacing = torch.tensor([spacing], device=device) * 100
+    mask = make_label_map(size)
+    labels, spacing = torch.from_numpy(np.asarray(mask.dataobj)), torch.tensor([spacing_of(mask)], device=device) * 100
     class_labels = torch.tensor([1], device=device)
 
     def work() -> None:
-        on_device = torch.from_numpy(labels)[None, None].to(device)
+        on_device = labels[None, None].to(device)
         bits = label_bits(on_device)
 
         def predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -83,8 +84,7 @@ def our_work(
     pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     TILINGS[tiling](pipe.vae, *memory)
-    labels, spacing = make_label_map(size)
-    mask = labels_to_nifti(labels, spacing_affine(spacing))
+    mask = make_label_map(size)
     inside = [0.0]
     for part, name in (
         (pipe.unet, "forward"),
@@ -99,7 +99,7 @@ def our_work(
         pipe(
             mask=mask,
             output_size=size,
-            spacing=spacing,
+            spacing=spacing_of(mask),
             num_inference_steps=steps,
             quality_retries=0,
             generator=torch.Generator().manual_seed(0),

@@ -92,7 +92,10 @@ def load_controlnet(args: argparse.Namespace, pipe: MaisiCTPipeline, data_list: 
     elif source is None and pipe.controlnet is not None:
         controlnet = pipe.controlnet
     else:
-        controlnet = MaisiControlNetModel.from_unet(pipe.unet)
+        # As published for a VAE that halves the axes twice, and the same as far as another VAE's goes.
+        times, channels = pipe.vae.spatial_compression_ratio.bit_length(), (8, 32, 64)
+        channels = channels[:times] + channels[-1:] * (times - len(channels))
+        controlnet = MaisiControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=channels)
     controlnet.add_classes(data_list.label_names, data_list.tumor_organs)
     if args.use_lora:
         try:

@@ -13,15 +13,14 @@ class FinestLevel:
     """
     Features of the finest grid, made when planes of them are read: with all planes that these depend on.
 
-    The statistics of the norms are fixed first, from planes that lie evenly in the volume, and hold for all that is
-    read: where a slab ends does not show.
+    The statistics of the norms are fixed before, from some planes, and hold for all that is read: where a slab ends
+    does not show.
 
     Args:
         head: gives the features (1, C, x, Y, Z) of a slice of planes before the first norm.
         resnets: the residual blocks.
         out: norm and convolution behind them, if there are any.
         size: of the grid.
-        num_planes: how many planes the statistics are made from.
     """
 
     def __init__(
@@ -30,21 +29,21 @@ class FinestLevel:
         resnets: nn.ModuleList,
         out: tuple[nn.GroupNorm, nn.Conv3d] | None,
         size: tuple[int, int, int],
-        num_planes: int,
     ):
         self.head, self.resnets, self.size = head, resnets, size
         layers = [layer for r in resnets for layer in ((r.norm1, r.conv1), (r.norm2, r.conv2))]
-        norms, convs = zip(*layers, *([] if out is None else [out]))
+        self.norms, convs = zip(*layers, *([] if out is None else [out]))
         self.convs = [SlabConvolution(conv) for conv in convs]
         self.halo = len(self.convs) + 1  # with the convolution of the head
-        self.channels = max(norm.num_channels for norm in norms)
-        num_planes = min(num_planes, size[0])
-        sampled = [int((i + 0.5) * size[0] / num_planes) for i in range(num_planes)]
-        self.statistics = []
-        for norm in norms:
+        self.channels = max(norm.num_channels for norm in self.norms)
+        self.statistics: list[GroupStatistics] = []
+
+    def fix_statistics(self, slabs: list[slice]) -> None:
+        """Those of all norms, from planes of slabs that are made one at a time."""
+        for norm in self.norms:
             statistics = GroupStatistics(norm)
-            for plane in sampled:
-                statistics.add(self.run(slice(plane, plane + 1), len(self.statistics)))
+            for planes in slabs:
+                statistics.add(self.run(planes, len(self.statistics)))
             self.statistics.append(statistics)
 
     def read(self, start: int, stop: int) -> torch.Tensor:

@@ -94,7 +94,7 @@ def test_batch(enable):
 @pytest.mark.parametrize("use_conv_transpose", [False, True])
 def test_some_planes_for_statistics(use_conv_transpose, monkeypatch):
     """Near the whole, and the same whatever the slabs are."""
-    monkeypatch.setattr(slab_tiling, "SAMPLED_PLANES", 9)
+    monkeypatch.setattr(slab_tiling, "SAMPLED_PLANES", 3)
     vae = make_vae(use_conv_transpose=use_conv_transpose)
     whole, tiled = run(vae), []
     for memory in MEMORIES:
@@ -107,13 +107,19 @@ def test_some_planes_for_statistics(use_conv_transpose, monkeypatch):
 
 
 def test_where_statistics_are_from(monkeypatch):
+    """From 4 slabs of 2 planes, or all of a small volume, in parts if there is not the memory for more at once."""
     seen = []
+    monkeypatch.setattr(slab_tiling, "SAMPLED_PLANES", 2)
     monkeypatch.setattr(FinestLevel, "run", lambda self, planes, count: seen.append(planes) or draw(1, 8, 1, 2, 2))
     resnets = make_vae().decoder.up_blocks[-1].resnets[1:]
-    for length in (2, 9):
-        FinestLevel(None, resnets, None, (length, 2, 2), 3)
-    starts = [planes.start for planes in seen]
-    assert starts == 2 * [0, 1] + 2 * [1, 4, 7] and all(planes.stop == planes.start + 1 for planes in seen)
+    tiling = SlabTiling(10**6, is_exact=False)
+    tiling.device = torch.device("cpu")
+    for length, memory in ((20, 10**6), (8, 10**6), (20, 1)):
+        tiling.for_slabs = memory
+        tiling.fixed(FinestLevel(None, resnets, None, (length, 2, 2)))
+    slabs = [(planes.start, planes.stop) for planes in seen]
+    single = [(i, i + 1) for i in (2, 3, 6, 7, 12, 13, 16, 17)]
+    assert slabs == 2 * [(2, 4), (6, 8), (12, 14), (16, 18)] + 2 * [(0, 8)] + 2 * single
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
