@@ -5,7 +5,9 @@ object on stdout.
 """
 
 import json
+import signal
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -26,6 +28,8 @@ class Commands(TyperGroup):
         """Run a command and exit."""
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
         extra["standalone_mode"] = False  # typer's own would box its errors
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end is like Ctrl-C
         try:
             code = super().main(args, prog_name, **extra)
         except typer.TyperException as error:

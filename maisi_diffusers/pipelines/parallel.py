@@ -9,11 +9,10 @@ from torch import distributed as dist
 
 def spread(functions: list[Callable[[], torch.Tensor]], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
     """What functions give, tensors that are alike: each calls them all, or in a group each process one of them."""
-    number = 1 if group is None else dist.get_world_size(group)
-    if number < len(functions):
+    if group is None or dist.get_world_size(group) < len(functions):
         return [function() for function in functions]
     own = functions[dist.get_rank(group) % len(functions)]().contiguous()
-    given = [torch.empty_like(own) for _ in range(number)]
+    given = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(given, own, group)
     return given[: len(functions)]
 

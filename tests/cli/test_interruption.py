@@ -35,13 +35,14 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     raise AssertionError(f"no {path} after a minute")
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.3])
-def test_ctrl_c(model, mask, tmp_path, delay):
+@pytest.mark.parametrize(("end", "delay"), [(signal.SIGINT, 0.0), (signal.SIGINT, 0.3), (signal.SIGTERM, 0.2)])
+def test_ended_early(model, mask, tmp_path, end, delay):
+    """By Ctrl-C, or by a batch system."""
     out = tmp_path / "out"
     process = start(model, mask, out, "--num", "1000")
     wait_for(out / "tiny_seed0.json", process)
     time.sleep(delay)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(end)
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, "error: interrupted\n")
     left = {path.name for path in out.iterdir()}
