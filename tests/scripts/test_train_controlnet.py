@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,24 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, safe_open
 
-from maisi_diffusers import MaisiControlNetModel, MaisiCTPipeline
+from maisi_diffusers import AutoencoderKLMaisi, MaisiControlNetModel, MaisiCTPipeline
 from maisi_diffusers.anatomy import label_index
 from maisi_diffusers.training.checkpoints import list_checkpoints
 from maisi_diffusers.training.trackers import read_log
-from tests.tiny import make_label_map, seeded
+from tests.tiny import make_label_map, make_pipeline, seeded
 
-from .training_data import NEW_CLASS, NEW_LABEL, ORGANS, SCRIPTS, error_of, make_latents, on_latents, run, save_latent
+from .training_data import (
+    NEW_CLASS,
+    NEW_LABEL,
+    ORGANS,
+    SCRIPTS,
+    error_of,
+    load_script,
+    make_latents,
+    on_latents,
+    run,
+    save_latent,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -31,6 +43,20 @@ def files_of(folder):
 
 def size_of(folder):
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+@pytest.mark.parametrize(("levels", "channels"), [(2, (8, 32)), (3, (8, 32, 64)), (4, (8, 32, 64, 64))])
+def test_new_controlnet_for_any_compression(levels, channels):
+    """It brings the label map to the grid of the latent."""
+    pipe = make_pipeline()
+    vae = AutoencoderKLMaisi(block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=4)
+    pipe.register_modules(vae=vae, controlnet=None)
+    args = SimpleNamespace(controlnet_model_name_or_path="unet", use_lora=False)
+    data_list = SimpleNamespace(label_names={}, tumor_organs={})
+    controlnet = load_script("train_controlnet").load_controlnet(args, pipe, data_list)
+    assert controlnet.config.conditioning_embedding_out_channels == channels
+    bits = torch.zeros(1, 8, 16, 16, 32)
+    assert controlnet.embed_condition(bits).shape[2:] == vae.encode(bits[:, :1]).latent_dist.mean.shape[2:]
 
 
 def load_pipeline(latents, **components):
