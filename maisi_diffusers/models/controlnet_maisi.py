@@ -55,7 +55,7 @@ class MaisiControlNetConditioningEmbedding(MaisiBlock3D):
         """
         embedding, first = conditioning, [self.conv_in, *self.blocks[:2]]
         for convs in [first, *zip(self.blocks[2::2], self.blocks[3::2])]:
-            length = max(SLAB_VALUES // (convs[0].in_channels * math.prod(embedding.shape[3:])) // 2 * 2, SLAB)
+            length = max(SLAB_VALUES // math.prod(embedding.shape[1:2] + embedding.shape[3:]) // 2 * 2, SLAB)
             if self.gradient_checkpointing and convs is first:
                 length = SLAB
             embedding = self.in_slabs(embedding, convs, dtype, length, is_whole=convs is first)

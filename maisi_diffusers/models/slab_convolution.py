@@ -10,8 +10,9 @@ from torch import nn
 from . import winograd
 from .group_statistics import GroupStatistics
 
-# Winograd's products must save more than its sums take: channels from which they do, measured for 64 to 256 of them.
-WINOGRAD_CHANNELS = {torch.float32: 32, torch.bfloat16: 64}
+# Winograd's products must save more than its sums take: channels from which they do, by the bytes of a value. Measured
+# for 64 to 256 channels.
+WINOGRAD_CHANNELS = {4: 32, 2: 64}
 # Bytes and planes of a slab on the CPU: thicker ones leave its cache, thinner ones have many neighbours.
 CPU_SLAB = 20e6
 CPU_PLANES = 4
@@ -33,7 +34,7 @@ class SlabConvolution:
         self.saves_products = (
             self.is_plain
             and conv.weight.device.type == "cpu"
-            and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS.get(conv.weight.dtype, math.inf)
+            and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS.get(conv.weight.itemsize, math.inf)
         )
         self.is_along_x = conv.weight.dtype != torch.float32
         if self.saves_products:
