@@ -95,12 +95,6 @@ def make_parser() -> argparse.ArgumentParser:
         default="l1",
         help="l1: as published; l2: the mean square, in which noise counts less, and edges and bone more",
     )
-    group.add_argument(
-        "--bright_weight",
-        type=float,
-        default=1.0,
-        help="of voxels above 150 HU in the reconstruction loss: small networks blur thin bones otherwise",
-    )
     group.add_argument("--perceptual_weight", type=float, default=0.3, help="0 needs no pretrained network")
     group.add_argument("--perceptual_network", choices=["squeeze", "alex", "vgg"], default="squeeze")
     group.add_argument("--adversarial_weight", type=float, default=0.1, help="0 leaves the discriminator out")
@@ -205,13 +199,7 @@ def train(args: argparse.Namespace) -> None:
     else:
         unwrapped = None if discriminator is None else accelerator.unwrap_model(discriminator)
         objective = ImageObjective(
-            args.reconstruction_loss,
-            args.bright_weight,
-            args.perceptual_weight,
-            perceptual,
-            args.adversarial_weight,
-            unwrapped,
-            draws,
+            args.reconstruction_loss, args.perceptual_weight, perceptual, args.adversarial_weight, unwrapped, draws
         )
     weights = objective.weights | {"kl_loss": args.kl_weight}
 

@@ -13,8 +13,6 @@ from .patches import LabelPatchDataset, PatchDataset
 from .vae_losses import adversarial_loss, dice_and_accuracy, label_losses
 
 RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
-# Of intensities in 0..1: 150 HU in a CT, which bone is above and little else.
-BRIGHT = 0.575
 
 
 class ImageObjective:
@@ -23,7 +21,6 @@ class ImageObjective:
 
     Args:
         reconstruction_loss: `"l1"`, or `"l2"` for the mean square: noise counts less in it, edges and bone more.
-        bright_weight: how much more than others a voxel above `BRIGHT` weighs in the reconstruction loss.
         perceptual_weight: of the perceptual loss.
         perceptual: (reconstruction, image, generators) to the perceptual loss; without it, it is left out.
         adversarial_weight: of the adversarial loss.
@@ -38,7 +35,6 @@ class ImageObjective:
     def __init__(
         self,
         reconstruction_loss: str,
-        bright_weight: float,
         perceptual_weight: float,
         perceptual: Callable | None,
         adversarial_weight: float,
@@ -51,7 +47,6 @@ class ImageObjective:
             "adversarial_loss": adversarial_weight,
         }
         self.reconstruction = RECONSTRUCTION_LOSSES[reconstruction_loss]
-        self.bright_weight = bright_weight
         self.perceptual = perceptual
         self.discriminator = discriminator
         self.draws = draws
@@ -63,9 +58,7 @@ class ImageObjective:
     def losses(self, batch: dict[str, torch.Tensor], reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
         """The losses of a batch of [`PatchDataset`] and what the VAE makes of it, (N, 1, X, Y, Z)."""
         image = batch["image"]
-        weights = torch.where(image > BRIGHT, self.bright_weight, 1.0)
-        errors = self.reconstruction(reconstruction, image, reduction="none")
-        losses = {"reconstruction_loss": (weights * errors).sum() / weights.sum()}
+        losses = {"reconstruction_loss": self.reconstruction(reconstruction, image)}
         if self.perceptual is not None:
             losses["perceptual_loss"] = self.perceptual(reconstruction, image, self.draws(batch, "perceptual"))
         if self.discriminator is not None:
