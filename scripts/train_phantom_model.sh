@@ -39,25 +39,26 @@ train_image_vae() { # output folder, VAE to begin with, options
 }
 train_image_vae vae-first --vae_config_name_or_path "$configs/vae.json" --max_train_steps 3000 \
     --learning_rate 2e-3
-train_image_vae vae --vae_model_name_or_path "$work/vae-first" --max_train_steps 4000 \
-    --learning_rate 1e-3 --seed 1
+train_image_vae vae --vae_model_name_or_path "$work/vae-first" --max_train_steps 2000 \
+    --learning_rate 4e-4 --adam_beta2 0.95 --lr_warmup_steps 50 --seed 1
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \
-    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 2500 --learning_rate 1e-3 \
+    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 1600 --learning_rate 1e-3 \
     --lr_warmup_steps 100 --use_ema --ema_decay 0.995
 train train_controlnet controlnet --pretrained_model_name_or_path "$work/unet" --controlnet_model_name_or_path unet \
-    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 2000 --learning_rate 1e-3 \
+    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 1600 --learning_rate 1e-3 \
     --lr_warmup_steps 100 --use_ema --ema_decay 0.995
 
 # 3. Label maps: the mask VAE and the UNet on its latents.
 train train_vae mask-vae --vae_config_name_or_path "$configs/mask_vae.json" \
-    --data_list "$work/mask-phantoms/dataset.json" --patch_size 64 --patches_per_case 4 --cached_cases 380 \
-    --max_train_steps 2000 --learning_rate 1e-3
+    --data_list "$work/mask-phantoms/dataset.json" --augmentation crop --patch_size 64 64 32 --patches_per_case 4 \
+    --cached_cases 380 --max_train_steps 2000 --learning_rate 2e-3 --lr_warmup_steps 100 --kl_weight 1e-8
 python "$scripts/encode_latents.py" --data_list "$work/mask-phantoms/dataset.json" --vae "$work/mask-vae" \
     --posterior mean --size 128 128 128 --output_dir "$work/mask-latents"
 train train_unet masks --vae_model_name_or_path "$work/mask-vae" --unet_config_name_or_path "$configs/mask_unet.json" \
-    --data_list "$work/mask-latents/latents.json" --train_batch_size 2 --max_train_steps 3000 --learning_rate 1e-3 \
+    --data_list "$work/mask-latents/latents.json" --train_batch_size 1 --max_train_steps 2500 --learning_rate 1e-3 \
+    --lr_warmup_steps 100 \
     --use_ema --ema_decay 0.995
 
 # 4. The mask database, from other phantoms; the model.
