@@ -21,6 +21,8 @@ from maisi_diffusers.models.finest_level import FinestLevel
 from maisi_diffusers.phantom import make_phantom
 from tests.parity.monai_reference import randomize
 
+from . import markdown
+
 SEED = 300_000
 FIELD_OF_VIEW = 384.0
 
@@ -73,14 +75,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="edge of the volume in voxels")
     parser.add_argument("--memory", default="500MB", help="what features may take at once")
     args = parser.parse_args()
-    print("| VAE | mean, HU | at borders | inside | borders | seconds, fast | exact |\n|---|---|---|---|---|---|---|")
+    rows = []
     for name, vae in load_vaes().items():
         result = measure(vae, args.size, args.memory)
-        print(
-            f"| {name} | {result['mean']:.2f} | {result['borders']:.2f} | {result['inside']:.2f} | "
-            f"{result['num_borders']} | {result['seconds']:.1f} | {result['exact_seconds']:.1f} |",
-            flush=True,
-        )
+        hu = [f"{result[place]:.2f}" for place in ("mean", "borders", "inside")]
+        seconds = [f"{result[way]:.1f}" for way in ("seconds", "exact_seconds")]
+        rows.append([name, *hu, str(result["num_borders"]), *seconds])
+    print(markdown.table(["VAE", "mean, HU", "at borders", "inside", "borders", "seconds, fast", "exact"], rows))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from maisi_diffusers import MaisiCTPipeline
 from maisi_diffusers.models import TILINGS, slab_convolution, upsample_conv_maisi
 from tests.parity.monai_reference import PUBLISHED, build_networks, network_config, save_checkpoint
 
+from . import markdown
 from .turns import serve, take_turns
 
 VERSION = "rflow-ct"
@@ -165,15 +166,12 @@ def main() -> None:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """In Markdown; ratios to the first variant."""
-    lines = ["| variant | seconds | times as fast | peak MB | share | deviation |", "|---|---|---|---|---|---|"]
-    unit = next(iter(results.values()))
+    unit, rows = next(iter(results.values())), []
     for variant, result in results.items():
         faster, share = unit["seconds"] / result["seconds"], result["megabytes"] / unit["megabytes"]
-        lines.append(
-            f"| {variant} | {result['seconds']:.2f} | {faster:.2f} | {result['megabytes']:.0f} | {share:.2f} | "
-            f"{result['deviation']:.1e} |"
-        )
-    return "\n".join(lines)
+        numbers = f"{result['seconds']:.2f}", f"{faster:.2f}", f"{result['megabytes']:.0f}", f"{share:.2f}"
+        rows.append([variant, *numbers, f"{result['deviation']:.1e}"])
+    return markdown.table(["variant", "seconds", "times as fast", "peak MB", "share", "deviation"], rows)
 
 
 if __name__ == "__main__":

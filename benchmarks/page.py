@@ -14,7 +14,7 @@ from maisi_diffusers import (
 )
 from maisi_diffusers.pipelines.memory_plan import plan_memory
 
-from . import networks, solvers, whole
+from . import markdown, networks, solvers, whole
 
 TITLES = {
     "embedding": "Embedding a label map",
@@ -86,14 +86,14 @@ def memory_table(measured: dict[str, dict[str, dict[str, float]]]) -> str:
     pipe = MaisiCTPipeline(
         AutoencoderKLMaisi(), MaisiUNet3DConditionModel(), MaisiRFlowScheduler(), MaisiControlNetModel()
     )
-    lines = ["| stage | dtype | told, MB | measured, MB | told / measured |", "|---|---|---|---|---|"]
+    rows = []
     for stage, (work, tiling) in STAGES.items():
         size = networks.WORK[work][0]
         for name, dtype in networks.DTYPES.items():
             told = plan_memory(pipe, (4 * size,) * 3, dtype)[stage] / 1e6
             taken = measured[work][f"{name} {tiling}"]["megabytes"]
-            lines.append(f"| {stage}, latent {size}^3 | {name} | {told:.0f} | {taken:.0f} | {told / taken:.2f} |")
-    return "\n".join(lines)
+            rows.append([f"{stage}, latent {size}^3", name, f"{told:.0f}", f"{taken:.0f}", f"{told / taken:.2f}"])
+    return markdown.table(["stage", "dtype", "told, MB", "measured, MB", "told / measured"], rows)
 
 
 def draw_speed(results: dict[str, dict], path: Path) -> None:

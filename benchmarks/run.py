@@ -77,7 +77,7 @@ def main() -> None:
         print(f"measuring {name}", flush=True)
         results[name] = {"machine": machine(), "measured": PARTS[name]()}
         kept.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results, DOCS)
+        write_page(results, DOCS)
 
 
 if __name__ == "__main__":

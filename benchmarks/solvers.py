@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 from maisi_diffusers import PHANTOM_TINY, MaisiCTPipeline, MaisiRFlowScheduler
 from maisi_diffusers.phantom import make_phantom
 
+from . import markdown
+
 FIRST_SEED = 200_000
 FIELD_OF_VIEW = 384.0
 REFERENCE_STEPS = 500
@@ -96,11 +98,11 @@ def measure(pipe: MaisiCTPipeline, size: int, seeds: list[int]) -> dict[str, lis
 
 def table(results: dict[str, list[tuple[int, float, float]]]) -> str:
     """In Markdown."""
-    lines = ["| solver | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |", "|---" * (len(STEPS) + 1) + "|"]
-    for name, rows in results.items():
-        cells = [f"{share:.1%}, {hu:.1f} HU ({calls})" for calls, share, hu in rows]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(f"{share:.1%}, {hu:.1f} HU ({calls})" for calls, share, hu in of_solver)]
+        for name, of_solver in results.items()
+    ]
+    return markdown.table(["solver", *(f"{steps} steps" for steps in STEPS)], rows)
 
 
 def draw(results: dict[str, list[tuple[int, float, float]]], path: Path) -> None:

@@ -15,6 +15,7 @@ import argparse
 
 import torch
 
+from . import markdown
 from .turns import serve, take_turns
 
 VARIANTS = {
@@ -141,11 +142,13 @@ def main() -> None:
     results = take_turns({variant: [*command, variant] for variant in VARIANTS}, args.repeats)
     released = results["MONAI, as released"]
     print(f"One ControlNet step, latent {args.latent}^3, volume {4 * args.latent}^3, float32\n")
-    print("| variant | seconds | times as fast | peak MB | share of the peak |")
-    print("|---|---|---|---|---|")
+    rows = []
     for variant, result in results.items():
         faster, share = released["seconds"] / result["seconds"], result["megabytes"] / released["megabytes"]
-        print(f"| {variant} | {result['seconds']:.2f} | {faster:.2f} | {result['megabytes']:.0f} | {share:.2f} |")
+        rows.append(
+            [variant, f"{result['seconds']:.2f}", f"{faster:.2f}", f"{result['megabytes']:.0f}", f"{share:.2f}"]
+        )
+    print(markdown.table(["variant", "seconds", "times as fast", "peak MB", "share of the peak"], rows))
 
 
 if __name__ == "__main__":

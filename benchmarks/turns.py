@@ -98,7 +98,9 @@ def _take_turns(commands: dict[str, list[str]], times: int, environment: dict[st
         for variant, process in processes.items():
             process.stdin.write("work\n")
             process.stdin.flush()
-            results[variant].append(json.loads(process.stdout.readline()))
+            if not (line := process.stdout.readline()):
+                raise RuntimeError(f"{variant} has failed, for the reason above")
+            results[variant].append(json.loads(line))
     for process in processes.values():
         process.stdin.close()
         process.wait()

@@ -35,6 +35,7 @@ from tests.parity.monai_reference import (
     save_checkpoint,
 )
 
+from . import markdown
 from .networks import DTYPES, VERSION
 from .turns import serve, synchronize, take_turns
 
@@ -144,7 +145,7 @@ def measure(size: tuple[int, int, int], steps: int, variants: list[str]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, nargs=3, default=(256, 256, 128), help="voxels, multiples of 128")
+    parser.add_argument("--size", type=int, nargs=3, default=(256, 256, 128), help="one that the model makes")
     parser.add_argument("--num_inference_steps", type=int, default=30)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help='such as "float32 exact 1GB"')
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -164,15 +165,11 @@ def main() -> None:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """In Markdown; times as fast as the first variant."""
-    lines = ["| variant | seconds | times as fast | peak MB | outside the networks |", "|---|---|---|---|---|"]
-    unit = next(iter(results.values()))["seconds"]
+    unit, rows = next(iter(results.values()))["seconds"], []
     for variant, result in results.items():
-        outside = f"{result['outside']:.1%}" if "outside" in result else ""
-        lines.append(
-            f"| {variant} | {result['seconds']:.1f} | {unit / result['seconds']:.2f} | {result['megabytes']:.0f} | "
-            f"{outside} |"
-        )
-    return "\n".join(lines)
+        numbers = f"{result['seconds']:.1f}", f"{unit / result['seconds']:.2f}", f"{result['megabytes']:.0f}"
+        rows.append([variant, *numbers, f"{result['outside']:.1%}" if "outside" in result else ""])
+    return markdown.table(["variant", "seconds", "times as fast", "peak MB", "outside the networks"], rows)
 
 
 if __name__ == "__main__":

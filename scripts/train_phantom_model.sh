@@ -5,7 +5,7 @@
 #
 # The argument is a folder for what is made on the way, about 4 GB. On two CPU cores it takes some hours. Run it again to
 # go on where it was interrupted; every stage resumes. The model is written to maisi_diffusers/pretrained.
-# Its settings are first guesses: of the recipe, the phantoms have been made and the image VAE is being trained.
+# Of the recipe the phantoms and the image VAE have been made; the settings of the rest are guesses.
 set -euo pipefail
 
 work=${1:?give a folder for what is made on the way}
@@ -58,8 +58,7 @@ python "$scripts/encode_latents.py" --data_list "$work/mask-phantoms/dataset.jso
     --posterior mean --size 128 128 128 --output_dir "$work/mask-latents"
 train train_unet masks --vae_model_name_or_path "$work/mask-vae" --unet_config_name_or_path "$configs/mask_unet.json" \
     --data_list "$work/mask-latents/latents.json" --train_batch_size 1 --max_train_steps 2500 --learning_rate 1e-3 \
-    --lr_warmup_steps 100 \
-    --use_ema --ema_decay 0.995
+    --lr_warmup_steps 100 --use_ema --ema_decay 0.995
 
 # 4. The mask database, from other phantoms; the model.
 phantoms database 20000 32 --other_spacings 0 --tumors 0.7

@@ -1,8 +1,6 @@
 """How much memory an image needs in the ways there are to make it, and what there is."""
 
-import psutil
-import torch
-
+from ..models.tiling_choice import free_memory
 from ..pipelines import MaisiCTPipeline
 from ..pipelines.memory_plan import plan_memory
 from .devices import DTYPES, pick_device
@@ -23,10 +21,7 @@ def describe_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int]) -> dict:
         as JSON has it: `device` and its `free` bytes, and for each dtype the `stages` of [`plan_memory`] and bytes in
         all for each of the `modes`, weights and program among them.
     """
-    device = pick_device("auto")
-    is_cpu = device.type == "cpu"
-    free = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
-    plans = {}
+    device, plans = pick_device("auto"), {}
     for name in ("float32", "bfloat16"):
         stages = plan_memory(pipe, size, DTYPES[name])
         other = max(stages.get("embedding", 0), stages["step"])
@@ -34,6 +29,6 @@ def describe_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int]) -> dict:
         for tiling in ("exact", "fast"):
             decoding[tiling] = stages[f"decode {tiling}"]
             decoding[f"{tiling}, scratch file"] = stages[f"decode {tiling}"] - stages[f"kept {tiling}"]
-        base = stages["weights"] + (PROGRAM if is_cpu else 0)
+        base = stages["weights"] + (PROGRAM if device.type == "cpu" else 0)
         plans[name] = {"stages": stages, "modes": {mode: round(base + max(other, n)) for mode, n in decoding.items()}}
-    return {"output_size": list(size), "device": str(device), "free": free, "plans": plans}
+    return {"output_size": list(size), "device": str(device), "free": free_memory(device), "plans": plans}

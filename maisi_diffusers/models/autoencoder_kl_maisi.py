@@ -92,7 +92,7 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
         r"""
         Encode and decode in slabs along X, without seams: convolutions see their true neighbours, and group norms have
         the same statistics in every slab. On the finest level, the one whose features take the most memory, these are
-        made from some of its planes: the result is near that of the whole (0.2 HU on average for a phantom's CT, far
+        made from some of its planes: the result is near that of the whole (0.5 HU on average for a phantom's CT, far
         more for noise), and a quarter of the features that [`enable_exact_tiling`] keeps are kept. It pays for large
         volumes; in small ones these planes take longer than the rest. For inference.
 

@@ -53,26 +53,21 @@ class MaisiControlNetConditioningEmbedding(MaisiBlock3D):
         slab at a time are in memory. Under gradient checkpointing those at full resolution do of all volumes: they are
         what most memory goes to. A slab comes with the voxels beyond its ends that its result depends on.
         """
-        embedding, first = conditioning, [self.conv_in, *self.blocks[:2]]
-        for convs in [first, *zip(self.blocks[2::2], self.blocks[3::2])]:
+        # Parts that are checkpointed: the first convolutions together, the others each.
+        first = [[self.conv_in, *self.blocks[:2]]]
+        embedding = conditioning
+        for parts in [first, *([[one], [other]] for one, other in zip(self.blocks[2::2], self.blocks[3::2]))]:
             length = max(SLAB_VALUES // math.prod(embedding.shape[1:2] + embedding.shape[3:]) // 2 * 2, SLAB)
-            if self.gradient_checkpointing and convs is first:
+            if self.gradient_checkpointing and parts is first:
                 length = SLAB
-            embedding = self.in_slabs(embedding, convs, dtype, length, is_whole=convs is first)
+            embedding = self.in_slabs(embedding, parts, dtype, length)
         return self.run(self.embed, embedding, [self.conv_out], dtype).contiguous()
 
     def in_slabs(
-        self, embedding: torch.Tensor, convs: list[nn.Conv3d], dtype: torch.dtype, length: int, is_whole: bool
+        self, embedding: torch.Tensor, parts: list[list[nn.Conv3d]], dtype: torch.dtype, length: int
     ) -> torch.Tensor:
-        """
-        Some of the convolutions, the last of which halves the axes.
-
-        Args:
-            length: planes along X of a slab.
-            is_whole: whether they are checkpointed together, or each.
-        """
-        size, parts = embedding.shape[2], [convs] if is_whole else [[conv] for conv in convs]
-        slabs = []
+        """Parts of the convolutions, the last of which halves the axes, in slabs of so many planes along X."""
+        size, slabs = embedding.shape[2], []
         for start in range(0, size, length):
             stop = min(start + length, size)
             begin, end = max(start - SLAB_MARGINS[0], 0), min(stop + SLAB_MARGINS[1], size)

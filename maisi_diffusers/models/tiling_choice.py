@@ -32,7 +32,7 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
     if has_hooked_layers(network):
         return None
     is_on_cpu = x.device.type == "cpu"
-    free = psutil.virtual_memory().available if is_on_cpu else torch.accelerator.get_memory_info(x.device)[0]
+    free = free_memory(x.device)
     kept = kept_values(layers_of(network.blocks), tuple(x.shape[2:])) * x.element_size()
     if not is_on_cpu and ONE_PIECE * len(x) * kept <= free:
         return None
@@ -45,6 +45,13 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
         stacklevel=2,
     )
     return SlabTiling(exact.memory, is_exact=False)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    return torch.accelerator.get_memory_info(device)[0]
 
 
 def has_hooked_layers(network: MaisiEncoder3D | MaisiDecoder3D) -> bool:

@@ -82,7 +82,7 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
             for name, network in pipe.components.items()
             if isinstance(network, torch.nn.Module)
         }
-        stages = {"weights": sum(p.numel() * p.element_size() for one in networks.values() for p in one.parameters())}
+        stages = {"weights": sum(p.nbytes for one in networks.values() for p in one.parameters())}
         vae, unet, controlnet = networks["vae"], networks["unet"], networks.get("controlnet")
         latents = torch.empty(1, unet.config.in_channels, *latent_size, dtype=dtype)
         conditions = {"timestep": torch.empty(1)}
