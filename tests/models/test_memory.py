@@ -3,8 +3,10 @@
 import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from diffusers import TorchAoConfig
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import Int8WeightOnlyConfig
 
 from maisi_diffusers.models import AutoencoderKLMaisi, MaisiControlNetModel
 from maisi_diffusers.models.unet_3d_blocks_maisi import MaisiDownsample3D, MaisiResnetBlock3D, MaisiUpsample3D
@@ -156,6 +158,28 @@ def test_layerwise_casting(kind, compute_dtype):
             kept = kept or any(name == part or name.startswith(f"{part}.") for part in FULL_PRECISION[kind])
             for parameter in module.parameters(recurse=False):
                 assert parameter.dtype == (compute_dtype if kept else torch.float8_e4m3fn), name
+
+
+# Eight bits
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_torchao(kind, tmp_path):
+    """Linear layers alone are stored in 8 bits; convolutions, most of the network, stay as they are."""
+    model = build(kind)
+    model.save_pretrained(tmp_path)
+    quantized = type(model).from_pretrained(
+        tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), torch_dtype=torch.bfloat16
+    )
+    for name, module in quantized.named_modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.qdata.dtype == torch.int8, name
+        elif isinstance(module, nn.Conv3d):
+            assert type(module.weight.data) is torch.Tensor and module.weight.dtype == torch.bfloat16, name
+    arguments = with_dtype(inputs(kind), torch.bfloat16)
+    expected, result = (output(network, arguments).float() for network in (model.to(torch.bfloat16), quantized))
+    assert 0 < deviation(result, expected) < 0.05
 
 
 # Weights elsewhere
