@@ -32,7 +32,7 @@ def measure_networks() -> dict:
 
 def measure_tiling() -> dict:
     """One piece against slabs in several bounds, of latents of 48^3 and 64^3 voxels."""
-    variants = ["float32 off", *(f"float32 exact {bound}" for bound in BOUNDS)]
+    variants = ["float32 off", *(f"float32 exact {bound}" for bound in BOUNDS), "float32 lean 1GiB"]
     return {str(size): networks.measure("decode", size, variants, repeats=0) for size in (48, 64)}
 
 

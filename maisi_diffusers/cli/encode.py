@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tiling",
         choices=TILINGS,
         default="auto",
-        help="slabs: by the memory there is, off, with the same latents, or with nearly the same and less memory",
+        help="slabs, for the same latents: by the memory there is, off, on, or on with less kept and more time",
     )
 
     size = parser.add_mutually_exclusive_group()

@@ -164,13 +164,13 @@ def generate(
         ),
     ] = "auto",
     tiling: Annotated[
-        Literal["auto", "off", "exact", "fast"],
+        Literal["auto", "off", "exact", "lean"],
         option(
             MODEL,
             metavar="NAME",
             show_default=True,
-            help="Slabs of the decoder: auto (by the memory there is), off (one piece), exact (the same image), fast "
-            "(nearly the same, and less is kept).",
+            help="Slabs of the decoder: auto (by the memory there is), off (one piece), exact (slabs), lean (slabs, "
+            "keeps a quarter and takes longer). The image is the same.",
         ),
     ] = "auto",
     output: Annotated[

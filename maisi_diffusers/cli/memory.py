@@ -26,7 +26,7 @@ def describe_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int]) -> dict:
         stages = plan_memory(pipe, size, DTYPES[name])
         other = max(stages.get("embedding", 0), stages["step"])
         decoding = {"off": stages["decode off"]}
-        for tiling in ("exact", "fast"):
+        for tiling in ("exact", "lean"):
             decoding[tiling] = stages[f"decode {tiling}"]
             decoding[f"{tiling}, scratch file"] = stages[f"decode {tiling}"] - stages[f"kept {tiling}"]
         base = stages["weights"] + (PROGRAM if device.type == "cpu" else 0)

@@ -24,7 +24,7 @@ class Activations:
         planes: those along X that are kept; all if not given.
     """
 
-    halo = 1  # planes on either side that a layer depends on
+    remembered_channels = 0  # of planes beside a slab, while it is made
 
     def __init__(
         self,

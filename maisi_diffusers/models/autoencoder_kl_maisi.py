@@ -90,11 +90,9 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
 
     def enable_tiling(self, memory: int | str = "4GiB", folder: str | os.PathLike | None = None) -> None:
         r"""
-        Encode and decode in slabs along X, without seams: convolutions see their true neighbours, and group norms have
-        the same statistics in every slab. On the finest level, the one whose features take the most memory, these are
-        made from some of its planes: the result is near that of the whole (0.5 HU on average for a phantom's CT, far
-        more for noise), and a quarter of the features that [`enable_exact_tiling`] keeps are kept. It pays for large
-        volumes; in small ones these planes take longer than the rest. For inference.
+        Encode and decode in slabs along X with the result of the whole, like [`enable_exact_tiling`], but keep only a
+        quarter of the features: those of the finest level are made anew for each of its norms and for the result. This
+        takes several times as long. For inference.
 
         Args:
             memory: what features may take at once, in bytes or as `"4GiB"`. At least some planes of the volume are
@@ -102,7 +100,7 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
             folder: where a scratch file is made when what is kept from layer to layer does not fit into the memory (of
                 a GPU, nor that of the host); the system's for temporary files if not given.
         """
-        self._enable_tiling(memory, folder, is_exact=False)
+        self._enable_tiling(memory, folder, keeps_finest=False)
 
     def enable_exact_tiling(
         self,
@@ -120,13 +118,13 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
             group: processes, each with this model, that share the slabs. They are called with the same, and all get
                 the result. No more of them than the latent has voxels along X.
         """
-        self._enable_tiling(memory, folder, is_exact=True, group=group)
+        self._enable_tiling(memory, folder, keeps_finest=True, group=group)
 
     def _enable_tiling(
         self,
         memory: int | str,
         folder: str | os.PathLike | None,
-        is_exact: bool,
+        keeps_finest: bool,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         size = convert_file_size_to_int(memory)
@@ -134,7 +132,7 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
             raise ValueError(f'memory={memory!r} is not allowed: give a positive number of bytes, or e.g. "4GiB"')
         if folder is not None and not os.path.isdir(folder):
             raise FileNotFoundError(f"there is no folder {str(folder)!r} for a scratch file: make it or leave it out")
-        self.tiling = SlabTiling(size, is_exact, folder, group)
+        self.tiling = SlabTiling(size, keeps_finest, folder, group)
 
     def disable_tiling(self) -> None:
         """Encode and decode in one piece."""
@@ -244,6 +242,6 @@ TILINGS = {
     "auto": AutoencoderKLMaisi.enable_auto_tiling,
     "off": AutoencoderKLMaisi.disable_tiling,
     "exact": AutoencoderKLMaisi.enable_exact_tiling,
-    "fast": AutoencoderKLMaisi.enable_tiling,
+    "lean": AutoencoderKLMaisi.enable_tiling,
 }
 """Names of the ways to run a VAE in slabs -> the method that enables each."""

@@ -1,6 +1,7 @@
-"""The level of the VAE's encoder or decoder with the finest grid, of which nothing is kept."""
+"""The level of the VAE's encoder or decoder with the finest grid, of which only what is still to be read is kept."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -8,16 +9,38 @@ from torch import nn
 from .group_statistics import GroupStatistics
 from .slab_convolution import SlabConvolution
 
+Make = Callable[[slice], torch.Tensor]
+"""A slice along X -> features of its planes, (1, C, x, Y, Z)."""
+
+
+class RollingPlanes:
+    """Features along X that are made from front to back, each plane once, and forgotten behind what is read."""
+
+    def __init__(self, make: Make):
+        self.make = make
+        self.start, self.planes = 0, None
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Planes start to stop, (1, C, stop - start, Y, Z). Those before can never be read again."""
+        if self.planes is None:
+            self.planes = self.make(slice(start, stop))
+        else:
+            made = self.start + self.planes.shape[2]
+            self.planes = self.planes[:, :, start - self.start :]
+            if made < stop:
+                self.planes = torch.cat([self.planes, self.make(slice(made, stop))], dim=2)
+        self.start = start
+        return self.planes[:, :, : stop - start]
+
 
 class FinestLevel:
     """
-    Features of the finest grid, made when planes of them are read: with all planes that these depend on.
+    Features of the finest grid, made from front to back while planes of them are read.
 
-    The statistics of the norms are fixed before, from some planes, and hold for all that is read: where a slab ends
-    does not show.
+    The statistics of the norms are fixed before and hold for all that is read: where a slab ends does not show.
 
     Args:
-        head: gives the features (1, C, x, Y, Z) of a slice of planes before the first norm.
+        head: makes the features before the first norm; in any order.
         resnets: the residual blocks.
         out: norm and convolution behind them, if there are any.
         size: of the grid.
@@ -25,7 +48,7 @@ class FinestLevel:
 
     def __init__(
         self,
-        head: Callable[[slice], torch.Tensor],
+        head: Make,
         resnets: nn.ModuleList,
         out: tuple[nn.GroupNorm, nn.Conv3d] | None,
         size: tuple[int, int, int],
@@ -34,35 +57,45 @@ class FinestLevel:
         layers = [layer for r in resnets for layer in ((r.norm1, r.conv1), (r.norm2, r.conv2))]
         self.norms, convs = zip(*layers, *([] if out is None else [out]))
         self.convs = [SlabConvolution(conv) for conv in convs]
-        self.halo = len(self.convs) + 1  # with the convolution of the head
         self.channels = max(norm.num_channels for norm in self.norms)
-        self.statistics: list[GroupStatistics] = []
+        self.remembered_channels = sum(norm.num_channels for norm in self.norms)
 
-    def fix_statistics(self, slabs: list[slice]) -> None:
-        """Those of all norms, from planes of slabs that are made one at a time."""
-        for norm in self.norms:
-            statistics = GroupStatistics(norm)
-            for planes in slabs:
-                statistics.add(self.run(planes, len(self.statistics)))
-            self.statistics.append(statistics)
+    def fix_statistics(self, thickness: int) -> None:
+        """Those of all norms, to be called before planes are read: of each, all before it is made anew in slabs."""
+        statistics = []
+        for i, norm in enumerate(self.norms):
+            of_norm, features = GroupStatistics(norm), self.chain(i, statistics)
+            for start in range(0, self.size[0], thickness):
+                of_norm.add(features.read(start, min(start + thickness, self.size[0])))
+            statistics.append(of_norm)
+        self.features = self.chain(len(self.convs), statistics)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Planes start to stop behind the last layer, (1, C, stop - start, Y, Z)."""
-        return self.run(slice(start, stop), len(self.convs))
+        """Planes start to stop behind the last layer, (1, C, stop - start, Y, Z); those before never again."""
+        return self.features.read(start, stop)
 
-    def run(self, planes: slice, num_convs: int) -> torch.Tensor:
-        """Planes behind the first `num_convs` convolutions, each of which comes after its norm."""
-        length = self.size[0]
-        start, stop = max(planes.start - num_convs, 0), min(planes.stop + num_convs, length)
-        slab = self.head(slice(start, stop))
+    def chain(self, num_convs: int, statistics: list[GroupStatistics]) -> RollingPlanes:
+        """The features behind so many convolutions, each of which comes after a norm with its statistics."""
+        features = before = RollingPlanes(self.head)
         for i in range(num_convs):
-            resnet = self.resnets[i // 2] if i < 2 * len(self.resnets) else None
-            if resnet is not None and i % 2 == 0:
-                residual, residual_start = slab, start
-            is_first, is_last = start == 0, stop == length
-            slab = self.convs[i].in_parts(slab, is_first, is_last, self.statistics[i], resnet is not None)
-            start, stop = start + (not is_first), stop - (not is_last)
-            if resnet is not None and i % 2 == 1:
-                residual = residual[:, :, start - residual_start : stop - residual_start]
-                slab += residual if resnet.conv_shortcut is None else resnet.conv_shortcut(residual)
-        return slab[:, :, planes.start - start : planes.stop - start]
+            block = self.resnets[i // 2] if i < 2 * len(self.resnets) else None
+            make = partial(self.convolve, i, features, statistics[i], block is not None)
+            if block is not None and i % 2 == 1:
+                make = partial(add_residual, make, before, block.conv_shortcut)
+            before, features = features, RollingPlanes(make)
+        return features
+
+    def convolve(
+        self, i: int, source: RollingPlanes, statistics: GroupStatistics, activate: bool, planes: slice
+    ) -> torch.Tensor:
+        """Planes behind a norm and its convolution, of the features before them."""
+        is_first, is_last = planes.start == 0, planes.stop == self.size[0]
+        slab = source.read(planes.start - (not is_first), planes.stop + (not is_last))
+        return self.convs[i].in_parts(slab, is_first, is_last, statistics, activate)
+
+
+def add_residual(make: Make, before_block: RollingPlanes, shortcut: nn.Module | None, planes: slice) -> torch.Tensor:
+    """Planes behind a residual block, of the branch that `make` makes."""
+    slab = make(planes)  # first of all: it reads planes of the block's input from further in front
+    residual = before_block.read(planes.start, planes.stop)
+    return slab.add_(residual if shortcut is None else shortcut(residual))

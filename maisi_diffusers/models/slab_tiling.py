@@ -4,9 +4,9 @@ same statistics in every slab, so that nothing shows where slabs meet.
 
 Layer by layer, each through the whole volume before the next one begins, the statistics are those of the whole, and
 the result is that of the whole. Two volumes of features are kept at most, since a residual block writes its result
-over its input: on the device, on the host or in a scratch file, wherever they fit. The finest level can be left out of
-this: its statistics then come from some of its planes, and its slabs are made one by one from what the other levels
-leave.
+over its input: on the device, on the host or in a scratch file, wherever they fit. The finest level, with three
+quarters of what would be kept, can be left out of this: for each of its norms it is then made anew from what the other
+levels leave, in slabs that go through all its layers.
 """
 
 import math
@@ -38,9 +38,7 @@ from .vae_blocks_maisi import (
 # Slabs at once, in float32, which statistics are made in: what is read, padded and convolved, the residual, deviations
 # from the mean, and what the convolution itself takes. Measured.
 SLABS_AT_ONCE = 6
-# Slabs, and planes of each, that the statistics of the finest level are made from where it is not kept: what a slab
-# depends on beside it takes as long as 6 or 7 of its planes.
-SAMPLED_SLABS, SAMPLED_PLANES = 4, 8
+NEIGHBOURS = 2  # planes on both sides that come with a slab
 
 Slabs = Iterator[tuple[int, torch.Tensor]]
 """First plane and slab (1, C, x, Y, Z), one after the other; or slabs of several volumes."""
@@ -52,7 +50,7 @@ class SlabTiling:
 
     Args:
         memory: bytes that features may take at once on the device.
-        is_exact: whether the statistics of the finest level are those of the whole volume. Its features are then kept.
+        keeps_finest: whether the features of the finest level are kept, or made anew for each norm.
         folder: where a scratch file is made; the system's for temporary files if not given.
         group: processes that share the slabs: each is called with the same, and gets the whole result.
     """
@@ -60,11 +58,11 @@ class SlabTiling:
     def __init__(
         self,
         memory: int,
-        is_exact: bool,
+        keeps_finest: bool,
         folder: str | os.PathLike | None = None,
         group: dist.ProcessGroup | None = None,
     ):
-        self.memory, self.is_exact, self.group = memory, is_exact, group
+        self.memory, self.keeps_finest, self.group = memory, keeps_finest, group
         self.folder = tempfile.gettempdir() if folder is None else folder
 
     @torch.no_grad()
@@ -72,7 +70,7 @@ class SlabTiling:
         """What the encoder makes of one sample, (1, C, X, Y, Z)."""
         blocks, size = list(encoder.blocks), tuple(x.shape[2:])
         self.shares = Shares(self.group, size[0] // 2 ** (len(blocks) - 1))
-        finest = None if self.is_exact else blocks.pop(0)
+        finest = None if self.keeps_finest else blocks.pop(0)
         if finest is not None:
             size = resampled_size(finest.resampler, size)
         steps = layers_of(blocks)
@@ -98,7 +96,7 @@ class SlabTiling:
         """What becomes of slabs of what the decoder makes of one sample, (1, C, X, Y, Z)."""
         blocks, size = list(decoder.blocks), tuple(z.shape[2:])
         self.shares = Shares(self.group, size[0])
-        finest = None if self.is_exact else blocks.pop()
+        finest = None if self.keeps_finest else blocks.pop()
         steps = layers_of(blocks)
         upsampler = None if finest is None else steps.pop()
         self.plan(steps, size, z)
@@ -114,7 +112,8 @@ class SlabTiling:
             size = resampled_size(upsampler, features.size)
             out = (decoder.conv_norm_out, decoder.conv_out)
             level = self.fixed(FinestLevel(head, finest.resnets, out, size))
-            slabs = ((p.start, level.read(p.start, p.stop)) for p in self.cut(size, level.channels, level.halo))
+            cut = self.cut(size, level.channels, level.remembered_channels)
+            slabs = ((planes.start, level.read(planes.start, planes.stop)) for planes in cut)
         return self.join(((start, finish(slab)) for start, slab in slabs), size)
 
     def plan(self, steps: list[nn.Module], size: tuple[int, int, int], x: torch.Tensor) -> None:
@@ -228,40 +227,40 @@ class SlabTiling:
             yield planes.start, upsampled(upsampler, conv, source, planes)
 
     def downsampled(self, source: Activations | FinestLevel, downsampler: MaisiVaeDownsample3D) -> Slabs:
-        for planes in self.cut(source.size, source.channels, source.halo, multiple=2):
+        for planes in self.cut(source.size, source.channels, source.remembered_channels, multiple=2):
             coarse = slice(planes.start // 2, planes.stop // 2)
             yield coarse.start, downsampled(downsampler, source, coarse)
 
-    def cut(self, size: tuple[int, int, int], channels: int, halo: int = 1, multiple: int = 1) -> Iterator[slice]:
+    def cut(
+        self, size: tuple[int, int, int], channels: int, remembered_channels: int = 0, multiple: int = 1
+    ) -> Iterator[slice]:
         """
         Slabs of a volume, of the share of this process, that are as thick as the memory lets.
 
         Args:
             size: of the volume.
             channels: of the features.
-            halo: planes on either side that come with a slab while it is made.
+            remembered_channels: of features beside a slab, that are kept while it is made.
             multiple: of which each is a multiple of planes.
         """
-        thickness = self.thickness(size, channels, halo, multiple)
+        thickness = self.thickness(size, channels, remembered_channels, multiple)
         share = self.shares.planes(size[0])
         for start in range(share.start, share.stop, thickness):
             yield slice(start, min(start + thickness, share.stop))
 
-    def thickness(self, size: tuple[int, int, int], channels: int, halo: int = 1, multiple: int = 1) -> int:
+    def thickness(
+        self, size: tuple[int, int, int], channels: int, remembered_channels: int = 0, multiple: int = 1
+    ) -> int:
         """Planes of a slab of [`cut`]."""
-        plane_bytes = channels * math.prod(size[1:]) * torch.float32.itemsize
-        planes = int(self.for_slabs // (SLABS_AT_ONCE * plane_bytes)) - 2 * halo
-        if halo == 1:  # one convolution, not a chain of them that has its own parts
-            planes = min(planes, planes_in_cache(channels, math.prod(size[1:]), self.device))
+        voxels = math.prod(size[1:])
+        planes = int(self.for_slabs // bytes_of_slabs(channels, remembered_channels, voxels)) - NEIGHBOURS
+        if remembered_channels == 0:  # one convolution, not a chain of them that has its own parts
+            planes = min(planes, planes_in_cache(channels, voxels, self.device))
         return max(planes // multiple, 1) * multiple
 
     def fixed(self, level: FinestLevel) -> FinestLevel:
-        """A level with its statistics, from slabs that lie evenly in the volume."""
-        at_once = self.thickness(level.size, level.channels, level.halo)
-        parts = []
-        for planes in sampled_planes(level.size[0]):
-            parts += [slice(i, min(i + at_once, planes.stop)) for i in range(planes.start, planes.stop, at_once)]
-        level.fix_statistics(parts)
+        """A level with its statistics."""
+        level.fix_statistics(self.thickness(level.size, level.channels, level.remembered_channels))
         return level
 
     def join(self, slabs: Slabs, size: tuple[int, int, int]) -> torch.Tensor:
@@ -290,30 +289,30 @@ def kept_values(steps: list[nn.Module], size: tuple[int, int, int]) -> int:
     return largest
 
 
-def slab_memory(decoder: MaisiDecoder3D, size: tuple[int, int, int], is_exact: bool) -> tuple[int, int]:
+def slab_memory(decoder: MaisiDecoder3D, size: tuple[int, int, int], keeps_finest: bool) -> tuple[int, int]:
     """
     What decoding in slabs takes on the CPU: values of features that are kept, and bytes of slabs, at least.
 
     Args:
         decoder: the decoder.
         size: of the latent.
-        is_exact: see [`SlabTiling`].
+        keeps_finest: see [`SlabTiling`].
     """
-    steps, halo = layers_of(decoder.blocks), 1
-    if not is_exact:
-        steps, halo = layers_of(decoder.blocks[:-1])[:-1], 2 * len(decoder.blocks[-1].resnets) + 2
     channels, voxels = decoder.conv_out.in_channels, math.prod(size[1:]) * 4 ** (len(decoder.blocks) - 1)
-    planes = planes_in_cache(channels, voxels, torch.device("cpu")) if is_exact else 1
-    slabs = SLABS_AT_ONCE * (planes + 2 * halo) * channels * voxels * torch.float32.itemsize
-    return kept_values(steps, size), slabs
+    if keeps_finest:
+        steps, remembered_channels = layers_of(decoder.blocks), 0
+        planes = planes_in_cache(channels, voxels, torch.device("cpu"))
+    else:
+        steps, planes = layers_of(decoder.blocks[:-1])[:-1], 1
+        norms = [norm for resnet in decoder.blocks[-1].resnets for norm in (resnet.norm1, resnet.norm2)]
+        channels = max(norm.num_channels for norm in norms)
+        remembered_channels = sum(norm.num_channels for norm in (*norms, decoder.conv_norm_out))
+    return kept_values(steps, size), (planes + NEIGHBOURS) * bytes_of_slabs(channels, remembered_channels, voxels)
 
 
-def sampled_planes(length: int) -> list[slice]:
-    """The planes of a grid of the finest level that statistics are made from, evenly in it."""
-    if SAMPLED_SLABS * SAMPLED_PLANES >= length:
-        return [slice(0, length)]
-    starts = [round((i + 0.5) * length / SAMPLED_SLABS - SAMPLED_PLANES / 2) for i in range(SAMPLED_SLABS)]
-    return [slice(start, start + SAMPLED_PLANES) for start in starts]
+def bytes_of_slabs(channels: int, remembered_channels: int, voxels: int) -> int:
+    """What a plane of so many voxels takes in all slabs that there are at once."""
+    return (SLABS_AT_ONCE * channels + remembered_channels) * voxels * torch.float32.itemsize
 
 
 def layers_of(blocks: list[MaisiVaeBlock3D]) -> list[nn.Module]:

@@ -18,8 +18,8 @@ SHARE = 0.8
 def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
     """
     How to run a network with the result of the whole: `None` for one piece, else in slabs, with what they keep on the
-    host or in a scratch file if there is no room for it on the device. Without room for the file, with a result near
-    that of the whole.
+    host or in a scratch file if there is no room for it on the device, and a quarter of it kept if there is none for
+    the file.
 
     On the CPU slabs are faster, and their group norms more precise: those of torch are off by 3e-4 where the channels
     of a voxel lie side by side, which convolutions there want. Layers that are offloaded or cast one by one need one
@@ -36,15 +36,15 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
     kept = kept_values(layers_of(network.blocks), tuple(x.shape[2:])) * x.element_size()
     if not is_on_cpu and ONE_PIECE * len(x) * kept <= free:
         return None
-    exact = SlabTiling(int(SHARE * free), is_exact=True)
+    exact = SlabTiling(int(SHARE * free), keeps_finest=True)
     if exact.place(kept, x.device)[0] != exact.folder or kept <= shutil.disk_usage(exact.folder).free:
         return exact
     warnings.warn(
-        f"neither the memory nor {exact.folder} has room for the {kept / 1e9:.0f} GB that the VAE keeps for a "
-        "result that is exact: it is near that; vae.enable_exact_tiling(folder=...) takes a folder with more room",
+        f"neither the memory nor {exact.folder} has room for the {kept / 1e9:.0f} GB of features that the VAE keeps: "
+        "it makes most of them several times, in more time; vae.enable_exact_tiling(folder=...) takes another folder",
         stacklevel=2,
     )
-    return SlabTiling(exact.memory, is_exact=False)
+    return SlabTiling(exact.memory, keeps_finest=False)
 
 
 def free_memory(device: torch.device) -> int:

@@ -72,7 +72,7 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
 
     Returns:
         stage -> bytes: `weights`; `embedding` of the label map, with a ControlNet; `step`; `decode off`, in one piece,
-        `decode exact` and `decode fast`, in slabs; and `kept exact` and `kept fast`, what of these can be on the host
+        `decode exact` and `decode lean`, in slabs; and `kept exact` and `kept lean`, what of these can be on the host
         or in a scratch file instead.
     """
     latent_size = tuple(n // pipe.vae.spatial_compression_ratio for n in size)
@@ -108,8 +108,8 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
         with LivingTensors() as living:
             vae.decode(latents)
         stages["decode off"] = living.highest
-    for name, is_exact in (("exact", True), ("fast", False)):
-        kept, slabs = slab_memory(pipe.vae.decoder, latent_size, is_exact)
+    for name, keeps_finest in (("exact", True), ("lean", False)):
+        kept, slabs = slab_memory(pipe.vae.decoder, latent_size, keeps_finest)
         stages[f"kept {name}"] = kept * dtype.itemsize
         stages[f"decode {name}"] = kept * dtype.itemsize + slabs + math.prod(size) * dtype.itemsize
     return stages

@@ -176,7 +176,6 @@ def settings_of(args: argparse.Namespace, vae: AutoencoderKLMaisi) -> dict:
         "posterior": args.posterior,
         "seed": args.seed,
         "dtype": args.dtype,
-        "is_tiled_fast": args.tiling == "fast",  # the other ways to tile give the same latents
         "size": args.size,
         "size_multiple": args.size_multiple if args.size is None else None,
         "vae": fingerprint(vae),

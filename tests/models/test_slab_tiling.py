@@ -12,7 +12,7 @@ import torch
 from maisi_diffusers import AutoencoderKLMaisi
 from maisi_diffusers.models import slab_convolution, slab_tiling, winograd
 from maisi_diffusers.models.activations import Activations
-from maisi_diffusers.models.finest_level import FinestLevel
+from maisi_diffusers.models.finest_level import RollingPlanes
 from maisi_diffusers.models.group_statistics import GroupStatistics
 from maisi_diffusers.models.shares import Shares
 from maisi_diffusers.models.slab_convolution import SlabConvolution
@@ -43,14 +43,10 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
-@pytest.fixture(params=["exact", "fast"])
-def enable(request, monkeypatch):
-    """Enables a way to tile that has the statistics of the whole volume: the fast one, if it makes them from all
-    planes of the finest level."""
-    monkeypatch.setattr(slab_tiling, "SAMPLED_PLANES", 1000)
-    if request.param == "exact":
-        return AutoencoderKLMaisi.enable_exact_tiling
-    return AutoencoderKLMaisi.enable_tiling
+@pytest.fixture(params=["enable_exact_tiling", "enable_tiling"])
+def enable(request):
+    """A way to tile."""
+    return getattr(AutoencoderKLMaisi, request.param)
 
 
 @torch.no_grad()
@@ -91,35 +87,19 @@ def test_batch(enable):
     assert_same_in_slabs(make_vae(), enable, "200KB", batch=2)
 
 
-@pytest.mark.parametrize("use_conv_transpose", [False, True])
-def test_some_planes_for_statistics(use_conv_transpose, monkeypatch):
-    """Near the whole, and the same whatever the slabs are."""
-    monkeypatch.setattr(slab_tiling, "SAMPLED_PLANES", 3)
-    vae = make_vae(use_conv_transpose=use_conv_transpose)
-    whole, tiled = run(vae), []
-    for memory in MEMORIES:
-        vae.enable_tiling(memory)
-        tiled.append(run(vae))
-    for i in range(2):
-        for other in tiled[1:]:
-            assert_equal(tiled[0][i], other[i])
-        assert 1e-5 < (tiled[0][i] - whole[i]).abs().mean() / whole[i].std() < 0.05
+def test_planes_are_made_once():
+    """From front to back, and forgotten behind what is read."""
+    made = []
 
+    def make(planes):
+        made.append((planes.start, planes.stop))
+        return torch.arange(planes.start, planes.stop).view(1, 1, -1, 1, 1)
 
-def test_where_statistics_are_from(monkeypatch):
-    """From 4 slabs of 2 planes, or all of a small volume, in parts if there is not the memory for more at once."""
-    seen = []
-    monkeypatch.setattr(slab_tiling, "SAMPLED_PLANES", 2)
-    monkeypatch.setattr(FinestLevel, "run", lambda self, planes, count: seen.append(planes) or draw(1, 8, 1, 2, 2))
-    resnets = make_vae().decoder.up_blocks[-1].resnets[1:]
-    tiling = SlabTiling(10**6, is_exact=False)
-    tiling.device = torch.device("cpu")
-    for length, memory in ((20, 10**6), (8, 10**6), (20, 1)):
-        tiling.for_slabs = memory
-        tiling.fixed(FinestLevel(None, resnets, None, (length, 2, 2)))
-    slabs = [(planes.start, planes.stop) for planes in seen]
-    single = [(i, i + 1) for i in (2, 3, 6, 7, 12, 13, 16, 17)]
-    assert slabs == 2 * [(2, 4), (6, 8), (12, 14), (16, 18)] + 2 * [(0, 8)] + 2 * single
+    features = RollingPlanes(make)
+    for start, stop in ((2, 5), (3, 5), (4, 9), (8, 10), (9, 10)):
+        assert features.read(start, stop).flatten().tolist() == list(range(start, stop))
+    assert made == [(2, 5), (5, 9), (9, 10)]
+    assert features.planes.shape[2] == 1
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -219,13 +199,13 @@ def test_activations(is_file, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing that could be left behind
 
 
-@pytest.mark.parametrize("is_exact", [True, False])
-def test_where_features_are_kept(is_exact, monkeypatch, tmp_path):
+@pytest.mark.parametrize("keeps_finest", [True, False])
+def test_where_features_are_kept(keeps_finest, monkeypatch, tmp_path):
     made = []
     original = tempfile.TemporaryFile
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **kwargs: made.append(kwargs["dir"]) or original(**kwargs))
     vae = make_vae()
-    enable = vae.enable_exact_tiling if is_exact else vae.enable_tiling
+    enable = vae.enable_exact_tiling if keeps_finest else vae.enable_tiling
     enable("1GiB", tmp_path)
     run(vae)
     assert not made
@@ -253,12 +233,12 @@ def test_less_is_kept_without_the_finest_level(monkeypatch):
 
 
 def test_slabs_are_as_thick_as_the_memory_lets():
-    tiling = SlabTiling(10**6, is_exact=True)
+    tiling = SlabTiling(10**6, keeps_finest=True)
     tiling.device, tiling.shares = torch.device("meta"), Shares(None, 1)
     tiling.for_slabs = 6 * 4 * slab_tiling.SLABS_AT_ONCE * 1000
     assert [(s.start, s.stop) for s in tiling.cut((9, 100, 2), 5)] == [(0, 4), (4, 8), (8, 9)]
     assert [(s.start, s.stop) for s in tiling.cut((10, 100, 2), 4, multiple=2)] == [(0, 4), (4, 8), (8, 10)]
-    assert [(s.start, s.stop) for s in tiling.cut((4, 100, 2), 5, halo=2)] == [(0, 2), (2, 4)]
+    assert [(s.start, s.stop) for s in tiling.cut((4, 100, 2), 5, 10)] == [(0, 2), (2, 4)]
     assert [s.start for s in tiling.cut((4, 100, 100), 50, multiple=2)] == [0, 2]
 
 
@@ -266,9 +246,9 @@ def test_ways_to_tile():
     vae = AutoencoderKLMaisi.from_config(make_vae().config)
     assert vae.tiling == "auto"
     vae.enable_exact_tiling()
-    assert (vae.tiling.is_exact, vae.tiling.memory) == (True, 4 * 2**30)
+    assert (vae.tiling.keeps_finest, vae.tiling.memory) == (True, 4 * 2**30)
     vae.enable_tiling(10**9)
-    assert (vae.tiling.is_exact, vae.tiling.memory) == (False, 10**9)
+    assert (vae.tiling.keeps_finest, vae.tiling.memory) == (False, 10**9)
     vae.disable_tiling()
     assert vae.tiling is None
     vae.enable_auto_tiling()
@@ -282,7 +262,7 @@ def test_choice_on_the_cpu(monkeypatch, free):
     vae = make_vae()
     x = draw(1, 4, *SIZE)
     tiling = choose_tiling(vae.decoder, x)
-    assert (tiling.is_exact, tiling.memory) == (True, int(0.8 * free))
+    assert (tiling.keeps_finest, tiling.memory) == (True, int(0.8 * free))
     with torch.no_grad():
         whole = vae.decode(x).sample
         vae.enable_auto_tiling()
@@ -297,7 +277,7 @@ def test_choice_on_an_accelerator(monkeypatch):
         monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device, free=free: (free, 2**31))
         tiling = choose_tiling(decoder, x)
         assert (tiling is None) == is_whole
-    assert (tiling.is_exact, tiling.memory) == (True, int(0.8 * 2**20))
+    assert (tiling.keeps_finest, tiling.memory) == (True, int(0.8 * 2**20))
 
 
 def test_choice_without_room(monkeypatch):
@@ -305,7 +285,7 @@ def test_choice_without_room(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=400_000))
     with pytest.warns(UserWarning, match=r"neither the memory nor .* has room .* vae.enable_exact_tiling\(folder="):
         tiling = choose_tiling(make_vae().decoder, draw(1, 4, *SIZE))
-    assert (tiling.is_exact, tiling.memory) == (False, 320_000)
+    assert (tiling.keeps_finest, tiling.memory) == (False, 320_000)
 
 
 @pytest.mark.parametrize("enable", [AutoencoderKLMaisi.enable_exact_tiling, AutoencoderKLMaisi.enable_tiling])
