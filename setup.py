@@ -14,7 +14,6 @@ TEST = [
     "pytest-xdist>=3.8",
     "monai>=1.6.1",
     "einops>=0.8.2",
-    "torchao>=0.18",
     *TRAIN,
 ]
 

@@ -301,7 +301,8 @@ def slab_memory(decoder: MaisiDecoder3D, size: tuple[int, int, int], keeps_fines
     channels, voxels = decoder.conv_out.in_channels, math.prod(size[1:]) * 4 ** (len(decoder.blocks) - 1)
     if keeps_finest:
         steps, remembered_channels = layers_of(decoder.blocks), 0
-        planes = planes_in_cache(channels, voxels, torch.device("cpu"))
+        length = size[0] * 2 ** (len(decoder.blocks) - 1)
+        planes = min(planes_in_cache(channels, voxels, torch.device("cpu")), length)
     else:
         steps, planes = layers_of(decoder.blocks[:-1])[:-1], 1
         norms = [norm for resnet in decoder.blocks[-1].resnets for norm in (resnet.norm1, resnet.norm2)]
