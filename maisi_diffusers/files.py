@@ -52,21 +52,38 @@ def publish(temporary: Path, path: Path) -> None:
     """Give a finished file or folder its name, after its content has reached the disk."""
     for file in [*temporary.rglob("*"), temporary]:
         _flush(file)
-    if path.is_dir():
-        remove(path)
-    os.replace(temporary, path)
+    if temporary.is_dir() and path.is_symlink():
+        path.unlink()
+    if not path.is_dir():
+        os.replace(temporary, path)
+        _flush(path.parent)
+        return
+    # A folder cannot take the place of another one, which therefore steps aside until the new one is there.
+    previous = _set_aside(path)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        if not path.exists():
+            os.replace(previous, path)
+        raise
     _flush(path.parent)
+    shutil.rmtree(previous)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if there is one. A folder loses its name first, so that no half of it is found."""
-    if path.is_dir():
-        doomed = path.with_name(f".{path.name.lstrip('.')}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)  # of a removal that was interrupted
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+    """Remove a file, a link or a folder, if there is one. A folder loses its name first: no half of it is found."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(_set_aside(path))
     else:
         path.unlink(missing_ok=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a folder that is to be removed."""
+    aside = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+    shutil.rmtree(aside, ignore_errors=True)  # of a removal that was interrupted
+    os.replace(folder, aside)
+    return aside
 
 
 def _flush(path: Path) -> None:

@@ -51,6 +51,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(input_args: list[str] | None = None) -> None:
     """Write the model's folder."""
     args = parse_args(input_args)
+    is_model = (args.output_dir / "model_index.json").is_file()
+    if args.output_dir.exists() and not is_model and (args.output_dir.is_file() or any(args.output_dir.iterdir())):
+        raise ValueError(f"{args.output_dir} is there and holds no model: choose another --output_dir, or remove it")
     images = MaisiCTPipeline.from_pretrained(args.image_model)
     masks = MaisiMaskPipeline.from_pretrained(args.mask_model)
     pipe = MaisiCTPipeline(

@@ -28,6 +28,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=50, help="steps that a point is the mean of")
     parser.add_argument("--output", type=Path, required=True, help="path of both files, without their endings")
     args = parser.parse_args(input_args)
+    if len({run.name for run in args.runs}) < len(args.runs):
+        parser.error("argument --runs: two folders have one name, by which the curves are told apart: rename one")
     if args.every <= 0:
         parser.error(f"argument --every: {args.every} is not allowed, give more than 0")
     return args

@@ -122,3 +122,30 @@ def test_none_joins_a_folder_when_one_fails(tmp_path):
             write(temporary / "a.txt", "new", folder=False)
             raise ValueError
     assert os.listdir(tmp_path) == ["a.txt"] and read(tmp_path / "a.txt") == "old"
+
+
+def test_an_old_folder_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    """A failure or Ctrl-C between the two renames brings it back."""
+    write(tmp_path / "a", "old", folder=True)
+    replace, calls = os.replace, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with write_atomically(tmp_path / "a") as temporary:
+            write(temporary, "new", folder=True)
+    assert read(tmp_path / "a") == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path, folder):
+    write(tmp_path / "shared", "old", folder)
+    (tmp_path / "a").symlink_to(tmp_path / "shared")
+    with write_atomically(tmp_path / "a") as temporary:
+        write(temporary, "new", folder)
+    assert read(tmp_path / "a") == "new" and not (tmp_path / "a").is_symlink()
+    assert read(tmp_path / "shared") == "old"

@@ -137,7 +137,7 @@ def move_tumor(
     view = labels[box]
     is_tumor = view == tumor
     voxels = np.count_nonzero(is_tumor)
-    healthy = remove_tumors(view, spacing, {tumor: organs})
+    healthy = np.where(is_tumor, remove_tumors(view, spacing, {tumor: organs}), view)  # cysts stay
     organ = close(np.isin(healthy, organs), CLOSING)
     room = organ & np.isin(healthy, [BODY, *organs])
 

@@ -67,6 +67,10 @@ class FoundMask:
     regions: tuple[int, int] | None
     labels: set[int]
 
+    def shows(self, labels: set[int], regions: set[int]) -> bool:
+        """Whether it has all of these labels and regions."""
+        return labels <= self.labels and regions <= _shown(self.regions)
+
 
 class MaisiMaskDatabase:
     r"""
@@ -187,7 +191,7 @@ class MaisiMaskDatabase:
             )
 
         words = " and ".join(REGION_WORDS[region] for region in sorted(regions))
-        in_regions = [entry for entry in found if regions <= _shown(entry)]
+        in_regions = [entry for entry in found if regions <= _shown(entry.regions)]
         if not in_regions:
             spans = Counter(_span(entry.regions) for entry in found)
             raise ValueError(
@@ -246,6 +250,7 @@ class MaisiMaskDatabase:
         entries = self.search(output_size=output_size, spacing=spacing, exact=False, **request)
         vocabulary = request.get("vocabulary", LABELS)
         wanted = {label_index(anatomy, vocabulary) for anatomy in request.get("anatomy_list") or ()}
+        regions = {region_of_word(word) for word in request.get("body_region") or ()}
         lost = Counter()
         found: dict[MaskEntry, FoundMask] = {}
         while True:
@@ -254,16 +259,16 @@ class MaisiMaskDatabase:
             for entry in chosen:
                 if entry not in found:
                     found[entry] = self._load_on_grid(entry, output_size, spacing)
-            spoiled = [entry for entry in set(chosen) if not wanted <= found[entry].labels]
+            spoiled = [entry for entry in set(chosen) if not found[entry].shows(wanted, regions)]
             if not spoiled:
                 return [found[entry] for entry in chosen]
-            lost.update(label for entry in spoiled for label in wanted - found[entry].labels)
+            lost.update(label_name(label, vocabulary) for one in spoiled for label in wanted - found[one].labels)
+            lost.update("the region" for one in spoiled if wanted <= found[one].labels)
             entries = [entry for entry in entries if entry not in spoiled]
             if not entries:
-                names = _counts({label_name(label, vocabulary): count for label, count in lost.items()})
                 raise ValueError(
-                    f"no label map keeps all of anatomy_list on {_grid(output_size, spacing)}; they lose {names}; "
-                    "give a larger field of view or a finer spacing"
+                    f"no label map keeps what was asked for on {_grid(output_size, spacing)}; they lose "
+                    f"{_counts(lost)}; give a larger field of view or a finer spacing"
                 )
 
     def _load_on_grid(
@@ -387,8 +392,8 @@ def check_entry(image: nib.Nifti1Image, entry: MaskEntry) -> None:
         raise ValueError(f"it has {_names(surplus, LABELS, ', ')}, which its entry does not list")
 
 
-def _shown(entry: MaskEntry) -> set[int]:
-    return set() if entry.regions is None else set(range(entry.regions[0], entry.regions[1] + 1))
+def _shown(regions: tuple[int, int] | None) -> set[int]:
+    return set() if regions is None else set(range(regions[0], regions[1] + 1))
 
 
 def _span(regions: tuple[int, int] | None) -> str:

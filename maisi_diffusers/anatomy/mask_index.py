@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -53,8 +54,8 @@ def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> N
         known = {entry.pseudo_label_filename: entry for entry in read_json_list(candidates, read_entry)}
         entries = {name: known[name] for name in names if name in known and (masks / name).stat().st_mtime < written}
     new, problems, last = [name for name in names if name not in entries], [], time.monotonic()
-    with multiprocessing.Pool(num_processes) as pool:
-        described = pool.imap_unordered(partial(describe_label_map, masks), new)
+    with multiprocessing.Pool(num_processes) if num_processes > 1 else nullcontext() as pool:
+        described = (map if pool is None else pool.imap_unordered)(partial(describe_label_map, masks), new)
         for name, described_or_problem in tqdm(described, total=len(new), desc="Label maps"):
             if isinstance(described_or_problem, MaskEntry):
                 entries[name] = described_or_problem

@@ -145,6 +145,9 @@ def generate(
     revision: Annotated[
         str | None, option(MODEL, metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
     ] = None,
+    variant: Annotated[
+        str | None, option(MODEL, metavar="NAME", help="Variant of its weights, e.g. fp16 for *.fp16.safetensors.")
+    ] = None,
     device: Annotated[
         str,
         option(
@@ -256,7 +259,7 @@ def generate(
     if not request.keys() & {"body_region", "anatomy_list", "controllable_anatomy_size", "mask", "image_only"}:
         request["body_region"] = [DEFAULT_REGION]
 
-    found = find_model(model, revision)
+    found = find_model(model, revision, variant)
     outputs = name_outputs(output, name, found.name, seed, num)
     done = [one for one in outputs if one.is_made_from(found.description, request)] if resume else []
     if not (force or resume):

@@ -10,6 +10,7 @@ from diffusers.utils import logging
 
 from ..anatomy import BODY, label_colours, legend_names
 from ..imaging import WINDOWS, is_ct, modality_code, save_preview
+from ..memory import is_out_of_memory
 from ..models import TILINGS
 from ..pipelines import MaisiCTPipeline, MaisiCTPipelineOutput
 from .devices import pick_device, pick_dtype
@@ -111,8 +112,7 @@ def make_image(
                 callback_on_step_end=tell,
             )
         except RuntimeError as error:
-            # On the CPU it is no error of its own.
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise MemoryError(
                 f"there is not enough memory on {pipe.device} for this size: try a smaller --output-size"

@@ -1,6 +1,6 @@
 """How much memory an image needs in the ways there are to make it, and what there is."""
 
-from ..models.tiling_choice import free_memory
+from ..memory import free_memory
 from ..pipelines import MaisiCTPipeline
 from ..pipelines.memory_plan import plan_memory
 from .devices import DTYPES, pick_device

@@ -24,26 +24,30 @@ class Model:
         source: as the user gave it; the embedded model's is its name.
         revision: the commit of a Hub repository.
         folder: that has its `model_index.json`; of a Hub repository, the cached one.
+        variant: of its weights; the one without a name if not given.
     """
 
     name: str
     source: str
     revision: str | None
     folder: Path
+    variant: str | None = None
 
     @property
     def description(self) -> dict[str, str | None]:
         """What the record of an image says of it."""
-        return {"name": self.name, "source": self.source, "revision": self.revision}
+        told = {"name": self.name, "source": self.source, "revision": self.revision}
+        return told if self.variant is None else told | {"variant": self.variant}
 
 
-def find_model(source: str | None, revision: str | None = None) -> Model:
+def find_model(source: str | None, revision: str | None = None, variant: str | None = None) -> Model:
     """
     Look for a model, of which no more than `model_index.json` is downloaded.
 
     Args:
         source: a folder or a Hub id; the embedded model if not given.
         revision: branch, tag or commit of a Hub repository.
+        variant: of its weights.
 
     Raises:
         FileNotFoundError: if it is neither, or the embedded model is not in this installation.
@@ -58,7 +62,7 @@ def find_model(source: str | None, revision: str | None = None) -> Model:
                 f"the embedded model is not in this installation ({PHANTOM_TINY}): install the package again, or name "
                 "a folder or a Hub id with --model"
             )
-        return Model(PHANTOM_TINY.name, PHANTOM_TINY.name, None, PHANTOM_TINY)
+        return Model(PHANTOM_TINY.name, PHANTOM_TINY.name, None, PHANTOM_TINY, variant)
 
     from ..loaders import Repository
 
@@ -70,7 +74,7 @@ def find_model(source: str | None, revision: str | None = None) -> Model:
         )
     name = Path(source).resolve().name
     # The cache has a folder a commit, named by it.
-    return Model(name, source, None if is_folder else folder.name, folder)
+    return Model(name, source, None if is_folder else folder.name, folder, variant)
 
 
 def load_pipeline(model: Model, dtype: "torch.dtype") -> "MaisiCTPipeline":
@@ -84,7 +88,7 @@ def load_pipeline(model: Model, dtype: "torch.dtype") -> "MaisiCTPipeline":
 
     source = model.folder if model.revision is None else model.source
     try:
-        return MaisiCTPipeline.from_pretrained(source, revision=model.revision, dtype=dtype)
+        return MaisiCTPipeline.from_pretrained(source, revision=model.revision, variant=model.variant, dtype=dtype)
     except Exception as error:  # whatever diffusers, safetensors and json say of damaged files
         line = " ".join(str(error).split())
         raise ValueError(f"the model {model.source} cannot be loaded: {type(error).__name__}: {line}") from error

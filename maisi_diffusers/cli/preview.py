@@ -43,6 +43,7 @@ def preview(
         str | None,
         typer.Option(metavar="TEXT", help="A line above; the name of the CT if not given.", show_default=False),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, also of an error.")] = False,
 ) -> None:
     """Draw three planes of a CT as a PNG, and again with its labels and a legend of them.
@@ -58,6 +59,12 @@ def preview(
     """
     if hu_range is not None and not hu_range[0] < hu_range[1]:
         raise typer.BadParameter(f"--range {hu_range[0]:g} {hu_range[1]:g} is none: give the lower number first")
+    stem = ct.name.removesuffix(".gz").removesuffix(".nii")
+    output = output or ct.with_name(f"{stem}.png")
+    if output.suffix != ".png":
+        raise typer.BadParameter(f"--output {output} is no name for a PNG: let it end in .png")
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} is there already: give another --output, or --force to replace it")
 
     # What follows takes seconds to import.
     import numpy as np
@@ -72,8 +79,6 @@ def preview(
         label_map = None if labels is None else load_label_map(labels, vocabulary)
     if label_map is not None and (label_map.shape != image.shape or not np.allclose(label_map.affine, image.affine)):
         label_map = resample_like(label_map, image, order=0, fill=0)
-    stem = ct.name.removesuffix(".gz").removesuffix(".nii")
-    output = output or ct.with_name(f"{stem}.png")
     is_synthetic = image.header["descrip"].item().decode(errors="replace").startswith(DESCRIPTION)
     save_preview(
         output,

@@ -79,10 +79,10 @@ def arguments_used(pipe: MaisiCTPipeline, request: dict, image: nib.Nifti1Image)
     given = {parameter.name: request.get(parameter.name, parameter.default) for parameter in parameters}
     for name in NOT_ASKED_FOR:
         del given[name]
-    if given["modality"] is None:
-        given["modality"] = pipe.config.modality
-    if given["num_inference_steps"] is None:
-        given["num_inference_steps"] = pipe.config.num_inference_steps
+    for name in ("modality", "num_inference_steps", "guidance_scale"):
+        if given[name] is None:
+            given[name] = getattr(pipe.config, name)
+    given["body_image"] = given["body_image"] or given["image"]
     size, spacing = image.shape, spacing_of(image)
     if given["restore_grid"] or given["image"]:  # the image is on the grid of the mask, and was made on another one
         mask = to_ras(load_volume(given["mask"]))

@@ -56,7 +56,9 @@ def dtypes_text(dtypes: Iterable[str]) -> str:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """Name -> dtype, shape and place of every tensor of a .safetensors file."""
+    """Name -> dtype, shape and place of every tensor of a .safetensors file; raises a `ValueError` if it is none."""
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path} is no safetensors file, or cut short: download it again (a clone: git lfs pull)")
         return json.loads(stream.read(length))

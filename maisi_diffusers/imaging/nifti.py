@@ -4,6 +4,7 @@ Images stay `nibabel.Nifti1Image` from end to end, so that voxels never travel w
 """
 
 import zlib
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def load_volume(source: str | PathLike | nib.Nifti1Image) -> nib.Nifti1Image:
         name, image = f"{str(source)!r}", _open(source)
     try:
         data = np.asanyarray(image.dataobj)
-    except UNREADABLE as error:
-        raise ValueError(f"{name} is damaged or cut short ({_line(error)}); copy or export it again.") from error
+    except (*UNREADABLE, MemoryError) as error:  # a damaged header may promise more than fits in memory
+        reason = _line(error) or "larger than memory"
+        raise ValueError(f"{name} is damaged or cut short ({reason}); copy or export it again.") from error
 
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
@@ -67,6 +69,16 @@ def load_volume(source: str | PathLike | nib.Nifti1Image) -> nib.Nifti1Image:
     header = image.header.copy()
     header.set_data_dtype(data.dtype)
     return type(image)(data, affine, header)
+
+
+def is_up_to_date(path: Path, description: str, sources: Iterable[Path]) -> bool:
+    """Whether a NIfTI file is there, its header has a description, and it is no older than what it was made of."""
+    try:
+        header = nib.load(path).header
+    except UNREADABLE:  # a missing file's error is among them
+        return False
+    made = path.stat().st_mtime
+    return header["descrip"].item().decode() == description and all(s.stat().st_mtime <= made for s in sources)
 
 
 def ct_to_nifti(hu: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from ..files import write_atomically
 from .resample import spacing_of, to_ras
 
 WINDOWS: dict[str, tuple[float, float]] = {
@@ -124,11 +124,9 @@ def save_preview(
 
     add_header(figure, title, image.shape, spacing, window)
     add_legend(figure, entries, planes_width, columns)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    # matplotlib would name its version.
-    figure.savefig(temporary, format="png", facecolor="black", metadata={"Software": None})
-    temporary.replace(path)
+    with write_atomically(path) as temporary:
+        # matplotlib would name its version.
+        figure.savefig(temporary, format="png", facecolor="black", metadata={"Software": None})
 
 
 def centre_of_labels(

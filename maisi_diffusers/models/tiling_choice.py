@@ -3,9 +3,9 @@
 import shutil
 import warnings
 
-import psutil
 import torch
 
+from ..memory import free_memory
 from .slab_tiling import SlabTiling, kept_values, layers_of
 from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D
 
@@ -45,13 +45,6 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
         stacklevel=2,
     )
     return SlabTiling(exact.memory, keeps_finest=False)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    return torch.accelerator.get_memory_info(device)[0]
 
 
 def has_hooked_layers(network: MaisiEncoder3D | MaisiDecoder3D) -> bool:

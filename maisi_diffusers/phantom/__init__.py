@@ -3,6 +3,6 @@
 from .phantom import Phantom, make_phantom
 from .sizes import SIZE_RANGES
 from .subject import Subject
-from .tumors import names_of_tumors
+from .tumors import OrganOutOfViewError, names_of_tumors
 
-__all__ = ["Phantom", "SIZE_RANGES", "Subject", "make_phantom", "names_of_tumors"]
+__all__ = ["OrganOutOfViewError", "Phantom", "SIZE_RANGES", "Subject", "make_phantom", "names_of_tumors"]

@@ -60,11 +60,13 @@ def make_phantom(
         tumor: name of one of the five tumors of MAISI's vocabulary, e.g. `"hepatic tumor"`.
         tumor_diameter: in mm; a tumor that does not fit into its organ is smaller.
         table: whether the patient lies on one.
-        subject: whose body it is, for control of sex, fat, organ sizes, contrast; drawn from the seed if not given.
+        subject: whose body it is, for control of sex, fat, organ sizes, contrast; drawn from the seed if not given,
+            which is its seed if it is.
 
     Raises:
-        ValueError: for an unknown region or tumor, for a size or spacing that is not positive, for a tumor whose organ
-            is not in the field of view.
+        ValueError: for an unknown region or tumor, for a size or spacing that is not positive, for a subject of
+            another seed.
+        OrganOutOfViewError: for a tumor whose organ is not in the field of view.
 
     Example:
 
@@ -83,6 +85,8 @@ def make_phantom(
     if not 0 < tumor_diameter < np.inf:
         raise ValueError(f"tumor_diameter={tumor_diameter} is not allowed: give mm above 0")
     subject = subject or Subject.draw(seed)
+    if subject.seed != seed:
+        raise ValueError(f"seed={seed} is not that of the subject, {subject.seed}: everything is drawn by one seed")
     centre = (REGION_SPANS[top][1] + REGION_SPANS[bottom][0]) / 2
     canvas = Canvas(subject, tuple(size), tuple(spacing), centre)
 

@@ -6,6 +6,8 @@ from typing import Self
 
 import numpy as np
 
+from ..anatomy import LABELS
+
 PHASES = ("none", "arterial", "venous")
 SEXES = ("female", "male")
 ARMS = ("up", "down")
@@ -49,6 +51,11 @@ class Subject:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is unknown: use {', '.join(allowed[:-1])} or {allowed[-1]}")
+        for name, factor in self.sizes.items():
+            if name not in LABELS or not 0 < factor < np.inf:
+                raise ValueError(
+                    f"sizes={{{name!r}: {factor}}} is not allowed: give a label's name and a factor above 0"
+                )
 
     @classmethod
     def draw(cls, seed: int, **given) -> Self:

@@ -10,6 +10,10 @@ LESION_SITES = tuple(i for i in BONES if i < 57 or i in (LABELS["left hip"], LAB
 CANDIDATES = 40
 
 
+class OrganOutOfViewError(ValueError):
+    """A tumor's organ is not in the field of view."""
+
+
 def draw_tumor(canvas: Canvas, name: str, diameter: float) -> None:
     """
     Paint a tumor where most of it fits into its organ; what does not fit is left out.
@@ -20,7 +24,8 @@ def draw_tumor(canvas: Canvas, name: str, diameter: float) -> None:
         diameter: in mm.
 
     Raises:
-        ValueError: for another name, or if its organ is not on the canvas.
+        ValueError: for another name.
+        OrganOutOfViewError: if its organ is not on the canvas.
     """
     if LABELS.get(name) not in TUMORS:
         raise ValueError(f"tumor={name!r} is unknown: use one of {', '.join(names_of_tumors())}")
@@ -28,7 +33,9 @@ def draw_tumor(canvas: Canvas, name: str, diameter: float) -> None:
     is_organ = np.isin(canvas.labels, organs)
     places = np.argwhere(is_organ)
     if not len(places):
-        raise ValueError(f"there is no organ for a {name} in this field of view: choose another region or size")
+        raise OrganOutOfViewError(
+            f"there is no organ for a {name} in this field of view: choose another region or size"
+        )
     rng = canvas.subject.rng(name)
     elongation = np.exp(rng.normal(0, 0.15, 3))
     half_axes = diameter / 2 * elongation / np.prod(elongation) ** (1 / 3)

@@ -1,5 +1,6 @@
 """Changing a given CT: what of it is painted anew, and how that is put into it."""
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from scipy import ndimage
 
 from ..anatomy import label_name, load_label_map
-from ..imaging import ct_to_nifti, from_hu, load_volume, resample_like
+from ..imaging import background_value, ct_to_nifti, from_hu, load_volume, resample_like
 from ..models import AutoencoderKLMaisi
 from ..schedulers.flow_solvers import integrates_flow
 
@@ -27,12 +28,14 @@ class Edit:
 
     Args:
         image: the CT (X, Y, Z) on its own grid, in HU.
+        background: HU beyond the model's grid.
         weights: how much of the new image goes into it, 0 to 1, (X, Y, Z) on that grid; `None` for all of it.
         latents (1, C, x, y, z): of the CT on the model's grid, scaled.
         latent_weights (1, 1, x, y, z): where these change, 0 or 1; `None` for everywhere.
     """
 
     image: nib.Nifti1Image
+    background: int
     weights: np.ndarray | None
     latents: torch.Tensor
     latent_weights: torch.Tensor | None
@@ -61,7 +64,7 @@ class Edit:
         """
         if self.weights is None:
             return ct_to_nifti(
-                np.asarray(resample_like(made, self.image, order=1, fill=-1000).dataobj), self.image.affine
+                np.asarray(resample_like(made, self.image, order=1, fill=self.background).dataobj), self.image.affine
             )
         change = np.asarray(made.dataobj, dtype=np.float32) - np.asarray(reconstruction.dataobj, dtype=np.float32)
         change = resample_like(nib.Nifti1Image(change, made.affine), self.image, order=1, fill=0)
@@ -110,10 +113,11 @@ def prepare_edit(
         ratio = vae.spatial_compression_ratio
         blocks = torch.from_numpy(on_grid.astype(np.float32))[None, None].to(vae.device)
         latent_weights = torch.nn.functional.max_pool3d(blocks, ratio)
-    hu = np.asarray(resample_like(image, label_map, order=1, fill=-1000).dataobj, dtype=np.float32)
+    background = background_value(modality)
+    hu = np.asarray(resample_like(image, label_map, order=1, fill=background).dataobj, dtype=np.float32)
     intensities = from_hu(torch.from_numpy(hu)[None, None], modality).to(vae.device, vae.dtype)
     latents = vae.encode(intensities).latent_dist.mode().float() * vae.config.scaling_factor
-    return Edit(image, weights, latents, latent_weights)
+    return Edit(image, background, weights, latents, latent_weights)
 
 
 def paint_weights(labels: nib.Nifti1Image, repaint_labels: Iterable[int], feather: float) -> np.ndarray:
@@ -153,18 +157,29 @@ def check_edit(
     mask: object,
     strength: float,
     repaint_labels: list | None,
+    feather: float,
     output_type: str,
     scheduler: SchedulerMixin,
 ) -> None:
     """Refuse arguments that do not go together; raises a `ValueError`."""
     if image is None:
-        if repaint_labels is not None:
-            raise ValueError("repaint_labels says what of image is painted anew, and there is none: give both")
+        given = {
+            "strength": strength != 1,
+            "repaint_labels": repaint_labels is not None,
+            "feather": feather != FEATHER,
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise ValueError(f"{name} says how image is changed, and there is none: give both or neither")
         return
     if mask is None:
         raise ValueError("image is changed to fit a label map, and there is none: give mask=")
     if output_type != "nifti":
         raise ValueError(f"image is returned on its own grid, which output_type='nifti' has, not {output_type!r}")
+    if not 0 <= feather < math.inf:
+        raise ValueError(f"feather={feather} is not allowed: give mm, 0 or more")
+    if repaint_labels is None and feather != FEATHER:
+        raise ValueError("feather is around repaint_labels, and there are none: give both or neither")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength} is not allowed: give 0 (nothing changes) to 1")
     if repaint_labels is not None and (not isinstance(repaint_labels, (list, tuple)) or not repaint_labels):

@@ -303,6 +303,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         controllable_anatomy_size: list[tuple[str, float]] | None,
         anatomy_size: list[float] | None,
         mask: str | os.PathLike | nib.Nifti1Image | None,
+        mask_vocabulary: str,
         body_image: str | os.PathLike | nib.Nifti1Image | None,
         image_only: bool,
         output_size: tuple[int, int, int] | None,
@@ -359,6 +360,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             self.mask_scheduler,
         ):
             raise ValueError("this model has no mask networks and cannot make a label map: give mask= instead")
+        if mask_vocabulary != "maisi" and mask is None:
+            raise ValueError(f"mask_vocabulary={mask_vocabulary!r} is whose labels mask= has, and none was given")
         if body_image is not None and mask is None:
             raise ValueError(
                 "body_image is the CT that mask= was drawn on, and no mask was given: give both or neither"
@@ -837,13 +840,14 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             body_image = image
 
         # 1. Check inputs; a label map on the wanted grid is one of them
-        check_edit(image, mask, strength, repaint_labels, output_type, self.scheduler)
+        check_edit(image, mask, strength, repaint_labels, feather, output_type, self.scheduler)
         self.check_inputs(
             body_region,
             anatomy_list,
             controllable_anatomy_size,
             anatomy_size,
             mask,
+            mask_vocabulary,
             body_image,
             image_only,
             output_size,

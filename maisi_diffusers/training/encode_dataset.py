@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from ..anatomy import label_name, labels_present, load_label_map, new_vocabulary
 from ..files import write_atomically
 from ..imaging import labels_to_nifti, load_volume, modality_code, resample_like, spacing_of, to_ras
-from ..imaging.nifti import UNREADABLE
+from ..imaging.nifti import is_up_to_date
 from ..loaders import load_maisi_checkpoint
+from ..memory import is_out_of_memory
 from ..models import TILINGS, AutoencoderKLMaisi
 from .data_list import Case, DataList, read_data_list, write_data_list
 from .latents import (
@@ -194,12 +195,18 @@ def check_settings(output_dir: Path, settings: dict) -> None:
             )
 
 
-def is_encoded(path: Path, description: str) -> bool:
-    """Whether a latent is there, and made with the settings that its header is to tell."""
-    try:
-        return nib.load(path).header["descrip"].item().decode() == description
-    except UNREADABLE:  # a missing file's error is among them
+def describe(settings: dict, modality: str | None) -> str:
+    """What the header of a latent tells of the settings, and of the modality if it is one of an image."""
+    values = json.dumps(settings | {"modality": modality})
+    return f"MAISI latent: {settings['posterior']}; encode.json {hashlib.sha256(values.encode()).hexdigest()[:8]}"
+
+
+def is_encoded(case: Case, name: str, output_dir: Path, description: str) -> bool:
+    """Whether the files of a case are there, made with the settings from what its files are now."""
+    sources = [path for path in (case.image, case.label) if path is not None and path.is_file()]
+    if case.label is not None and not label_path(output_dir, name).is_file():
         return False
+    return is_up_to_date(latent_path(output_dir, name), description, sources)
 
 
 def wanted_size(size: tuple[int, int, int], args: argparse.Namespace) -> tuple[int, int, int]:
@@ -246,7 +253,7 @@ def encode_case(
 
     Raises:
         OSError, ValueError: a file that is missing, damaged or not what it should be.
-        MemoryError, torch.OutOfMemoryError: a volume too large to be encoded at once.
+        MemoryError, RuntimeError: a volume too large to be encoded at once.
     """
     if encodes_labels(vae):
         labels = load_mask_labels(case.label)
@@ -306,8 +313,6 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
     settings = settings_of(args, vae)
     if not args.overwrite:
         check_settings(args.output_dir, settings)
-    tag = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    description = f"MAISI latent: {args.posterior}; encode.json {tag}"
 
     state = PartialState(cpu=runs_on_cpu(), timeout=TIMEOUT)
     if state.is_main_process:
@@ -318,24 +323,26 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
 
     jobs = list(zip(data_list.cases, names))[state.process_index :: state.num_processes]
     for case, name in tqdm(jobs, desc="Encode", disable=not state.is_main_process):
-        path = latent_path(args.output_dir, name)
-        has_label = case.label is None or label_path(args.output_dir, name).is_file()
-        if is_encoded(path, description) and has_label and not args.overwrite:
+        description = describe(settings, None if encodes_labels(vae) else case.modality)
+        if is_encoded(case, name, args.output_dir, description) and not args.overwrite:
             continue
-        path.unlink(missing_ok=True)
+        latent_path(args.output_dir, name).unlink(missing_ok=True)
         try:
             encode_case(case, name, vae, args, vocabulary, description)
-        except torch.OutOfMemoryError as error:
-            report(name, f"out of memory ({error})")
         except (OSError, ValueError, MemoryError) as error:
             report(name, f"{error}")
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            report(name, f"out of memory ({error})")
     state.wait_for_everyone()
 
     failed = []
     if state.is_main_process:
         cases = []
         for case, name in zip(data_list.cases, names):
-            if is_encoded(latent_path(args.output_dir, name), description):
+            description = describe(settings, None if encodes_labels(vae) else case.modality)
+            if is_encoded(case, name, args.output_dir, description):
                 cases.append(encoded_case(case, name, args.output_dir, ratio))
             else:
                 failed.append(name)

@@ -26,7 +26,7 @@ from ..anatomy import (
 )
 from ..files import write_atomically
 from ..imaging import load_volume, modality_code, spacing_of
-from ..imaging.nifti import UNREADABLE
+from ..imaging.nifti import is_up_to_date
 from .checks import check_case, problem_lines, read_entries, repeated_images
 from .data_list import Case, DataList, check_new_labels, write_data_list
 from .prepare import NewClass, assign_folds, find_new_class, find_volumes, label_volumes, prepare_label_map
@@ -99,17 +99,6 @@ def check_output(args: argparse.Namespace) -> None:
             )
 
 
-def is_prepared(label: Path, description: str, sources: list[Path]) -> bool:
-    """Whether a label map is there, made from these files, as they are now, with the settings its header tells."""
-    try:
-        header = nib.load(label).header
-    except UNREADABLE:  # a missing file's error is among them
-        return False
-    made = label.stat().st_mtime
-    is_newer = all(source.stat().st_mtime <= made for source in sources)
-    return header["descrip"].item().decode() == description and is_newer
-
-
 def prepare_case(
     name: str, image: Path, segmentation: Path, classes: list[NewClass], args: argparse.Namespace
 ) -> tuple[Case, dict[int, float]]:
@@ -127,7 +116,7 @@ def prepare_case(
     sources = [image, segmentation, *masks.values()]
     recipe = json.dumps([label_settings(args), [str(source.resolve()) for source in sources]])
     description = f"prepared label map; {hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
-    if args.overwrite or not is_prepared(label, description, sources):
+    if args.overwrite or not is_up_to_date(label, description, sources):
         relabelled = {new.source: new.index for new in classes if isinstance(new.source, int)}
         made = prepare_label_map(image, segmentation, args.vocabulary, args.modality, relabelled, masks)
         made.header["descrip"] = description

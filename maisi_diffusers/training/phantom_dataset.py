@@ -1,14 +1,17 @@
 """Cases of a data set of phantoms, each from its seed alone."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from ..anatomy import anatomy_sizes, labels_present, one_hot, regions_from_labels
+from ..anatomy import anatomy_sizes, labels_present, one_hot, regions_from_labels, regions_from_words
 from ..files import write_atomically
-from ..phantom import SIZE_RANGES, Subject, make_phantom, names_of_tumors
+from ..imaging.nifti import DESCRIPTION, is_up_to_date
+from ..phantom import SIZE_RANGES, OrganOutOfViewError, Subject, make_phantom, names_of_tumors
 from .data_list import Case
 
 # Where the fields of view are, and how often.
@@ -19,13 +22,13 @@ REGIONS = [
     (("pelvis",), 0.14),
     (("head",), 0.08),
 ]
-# Tumors whose organ is in the field of view of a region; any for those not named here.
-TUMORS_OF = {
-    ("chest",): ("lung tumor", "hepatic tumor", "bone lesion"),
-    ("abdomen",): ("hepatic tumor", "pancreatic tumor", "colon cancer primaries", "bone lesion"),
-    ("pelvis",): ("colon cancer primaries", "bone lesion"),
-    ("head",): (),
-}
+# Tumors whose organ is in the field of view, of the regions from head to pelvis.
+TUMORS_OF = (
+    (),
+    ("lung tumor", "hepatic tumor", "bone lesion"),
+    ("hepatic tumor", "pancreatic tumor", "colon cancer primaries", "bone lesion"),
+    ("colon cancer primaries", "bone lesion"),
+)
 DIAMETERS = (10.0, 60.0)  # mm
 OTHER_SPACINGS = (2.0, 4.0)  # mm
 TABLES = 0.3  # share of patients that a table is seen under
@@ -62,19 +65,25 @@ class PhantomDataset:
         region = self.body_region or words[rng.choice(len(words), p=shares)]
         spacing = rng.uniform(*OTHER_SPACINGS) if rng.random() < self.other_spacings else self.spacing
         drawn = {"seed": seed, "body_region": region, "size": self.size, "spacing": (round(float(spacing), 2),) * 3}
-        tumors = TUMORS_OF.get(region, names_of_tumors())
+        tumors = tumors_of(region)
         if tumors and rng.random() < self.tumors:
             drawn["tumor"] = tumors[rng.integers(len(tumors))]
             drawn["tumor_diameter"] = float(rng.uniform(*DIAMETERS))
         return drawn | {"table": bool(rng.random() < TABLES)}
 
     def make(self, seed: int) -> Case:
-        """Write the CT and the label map of a case, where they are not there yet, and describe them."""
+        """Write the CT and the label map of a case, where they are not there yet as drawn, and describe them."""
         image_path, label_path = (self.folder / f"phantom{seed:06d}_{kind}.nii.gz" for kind in ("ct", "labels"))
         drawn = self.draw(seed)
-        if not (image_path.is_file() and label_path.is_file()):
-            phantom = make_phantom(**drawn)
+        tag = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:8]
+        description = f"{DESCRIPTION}, phantom {tag}"
+        if not all(is_up_to_date(path, description, []) for path in (image_path, label_path)):
+            try:
+                phantom = make_phantom(**drawn)
+            except OrganOutOfViewError:  # the field of view is smaller than its region
+                phantom = make_phantom(**drawn | {"tumor": None})
             for path, image in ((image_path, phantom.image), (label_path, phantom.labels)):
+                image.header["descrip"] = description
                 with write_atomically(path) as temporary:
                     image.to_filename(temporary)
         labels = np.asarray(nib.load(label_path).dataobj)
@@ -90,3 +99,12 @@ class PhantomDataset:
             fold=seed % self.num_folds,
             organ_size=tuple(anatomy_sizes(labels, drawn["spacing"], SIZE_RANGES)),
         )
+
+
+def tumors_of(body_region: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the tumors whose organ is in the field of view of words for a region."""
+    top, bottom = regions_from_words(body_region)
+    if top == bottom:
+        return TUMORS_OF[top]
+    there = set().union(*TUMORS_OF[top : bottom + 1])
+    return tuple(name for name in names_of_tumors() if name in there)

@@ -57,6 +57,16 @@ def test_a_tumor_elsewhere_in_its_organ(label_maps, tumor):
     assert moved >= 4
 
 
+def test_a_cyst_beside_the_tumor_stays(label_maps):
+    labels = label_maps[26].copy()
+    kidney = np.argwhere(labels == LABELS["right kidney"])
+    cyst = tuple(kidney[len(kidney) // 2])
+    labels[cyst] = LABELS["right kidney cyst"]
+    for seed in range(4):
+        after, (outcome,) = augment(labels, SPACING, seeded(seed))
+        assert after[cyst] == LABELS["right kidney cyst"], outcome
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tumor", TUMORS, ids=label_name)
 def test_fifty_seeds(tumor):

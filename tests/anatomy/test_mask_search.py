@@ -83,9 +83,22 @@ def test_one_that_loses_what_was_asked_for_is_passed_over(tmp_path):
     content = [item for item in content if item["pseudo_label_filename"].endswith(name)]
     (folder / "candidate_masks.json").write_text(json.dumps(content))
     with pytest.raises(
-        ValueError, match=r"keeps all of anatomy_list .*they lose pancreatic tumor \(1\); give a larger"
+        ValueError, match=r"keeps what was asked for .*they lose pancreatic tumor \(1\); give a larger"
     ):
         MaisiMaskDatabase(folder).find(1, seeded(), anatomy_list=["pancreatic tumor"], **grid)
+
+
+def test_one_that_loses_the_region_is_passed_over(tmp_path):
+    """The head of a whole body is not in the middle of it."""
+    folder = make_database(tmp_path)
+    whole_body = make_mask([22, 28, 1, 3, 4, 93, 200], (24, 16, 64), SPACING)
+    whole_body.to_filename(folder / "masks" / "torso.nii.gz")
+    content = make_entry("torso") | {"dim": [24, 16, 64], "label_list": [1, 3, 4, 22, 28, 93, 200]}
+    (folder / "candidate_masks.json").write_text(json.dumps([content]))
+    grid = {"output_size": (24, 16, 24), "spacing": SPACING}
+    assert MaisiMaskDatabase(folder).find(1, seeded(), body_region=["abdomen"], **grid)
+    with pytest.raises(ValueError, match=r"keeps what was asked for .*they lose the region \(1\); give a larger"):
+        MaisiMaskDatabase(folder).find(1, seeded(), body_region=["head"], **grid)
 
 
 def test_too_large_a_target(database):

@@ -278,6 +278,29 @@ def test_resume(encode, encoded, real_data, output, monkeypatch):
     assert made[2:] == ["b/ct"] and contents(output) == contents(encoded)
 
 
+def test_changed_files_are_encoded_again(encode, encoded, data, output):
+    """Also where only the label map has changed, and what the list says of a case."""
+    shutil.copytree(encoded, output)
+    encode(data)
+    assert contents(output) == contents(encoded)
+
+    path = data / "a/ct_mask.nii.gz"
+    labels = nib.load(path)
+    relabelled = np.where(np.asarray(labels.dataobj) == TUMOR, 26, labels.dataobj).astype(np.uint8)
+    nib.Nifti1Image(relabelled, labels.affine).to_filename(path)
+    later = (output / "a/ct_emb.nii.gz").stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+    encode(data)
+    changed = {name for name, content in contents(output).items() if content != contents(encoded)[name]}
+    assert changed == {"a/ct_label.nii.gz"}
+    assert not (np.asarray(nib.load(output / "a/ct_label.nii.gz").dataobj) == TUMOR).any()
+
+    change(data, modality="mri_t1")
+    encode(data)
+    changed = {name for name, content in contents(output).items() if content != contents(encoded)[name]}
+    assert changed == {"a/ct_emb.nii.gz", "a/ct_label.nii.gz", "latents.json"}
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -363,13 +386,14 @@ def test_a_file_that_went_bad_loses_its_latent(encode, encoded, data, output):
     assert len(read_data_list(output / "latents.json").cases) == 1
 
 
-def test_volumes_too_large(encode, real_data, output, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # of a GPU, of the CPU
+def test_volumes_too_large(encode, real_data, output, monkeypatch, capsys, error):
     def encode_volume(vae, volume):
-        raise torch.OutOfMemoryError("Tried to allocate\n20.00 GiB.")
+        raise error("can't allocate memory: you tried\n20.00 GiB.")
 
     monkeypatch.setattr(encode_dataset, "encode_volume", encode_volume)
     assert "2 of 2 cases failed" in error_of(encode, real_data)
-    reason = "out of memory (Tried to allocate 20.00 GiB.)"
+    reason = "out of memory (can't allocate memory: you tried 20.00 GiB.)"
     err = capsys.readouterr().err
     assert all(f"{name}: {reason}" in err for name in PARTS)
     assert not (output / "latents.json").exists()

@@ -33,7 +33,7 @@ def names(*stems: str) -> set[str]:
 @pytest.fixture
 def base(model, mask, tmp_path):
     """Options of a run that writes to `out`."""
-    return ["--model", model, "--mask", mask, "--output", tmp_path / "out"]
+    return ["--model", model, "--mask", mask, "--device", "cpu", "--output", tmp_path / "out"]
 
 
 def test_files(base, model, mask, tmp_path):
@@ -65,11 +65,7 @@ def test_record(base, model, mask, tmp_path):
     assert arguments["output_size"] == list(SIZE) and arguments["spacing"] == list(SPACING)
     assert (arguments["num_inference_steps"], arguments["modality"]) == (2, "ct")
     assert (arguments["guidance_scale"], arguments["controlnet_conditioning_scale"]) == (1.5, 1.0)
-    assert (record["device"], record["dtype"], record["scheduler"]) == (
-        torch.accelerator.current_accelerator(check_available=True) or "cpu",
-        "float32",
-        "MaisiRFlowScheduler",
-    )
+    assert (record["device"], record["dtype"], record["scheduler"]) == ("cpu", "float32", "MaisiRFlowScheduler")
     assert {"maisi-diffusers", "torch", "diffusers", "python", "platform"} == record["versions"].keys()
     assert record["labels"].keys() == {"liver", "hepatic tumor", "left lung upper lobe", "left femur", "body"}
     voxels = np.count_nonzero(np.asarray(make_label_map().dataobj) == 26)
@@ -81,6 +77,29 @@ def test_record(base, model, mask, tmp_path):
         "labels": "tiny_seed3_labels.nii.gz",
         "picture": "tiny_seed3.png",
     }
+
+
+def test_record_of_what_was_not_asked_for(model, mask, tmp_path):
+    shutil.copytree(model, tmp_path / "guided")
+    index = tmp_path / "guided" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "guidance_scale": 2.0}))
+    label_map = make_label_map()
+    hu = np.where(np.asarray(label_map.dataobj) > 0, 40, -1000).astype(np.int16)
+    nib.Nifti1Image(hu, label_map.affine).to_filename(tmp_path / "ct.nii.gz")
+    options = ["--model", tmp_path / "guided", "--mask", mask, "--image", tmp_path / "ct.nii.gz", "--device", "cpu"]
+    run("generate", *options, "--output", tmp_path / "out")
+    arguments = json.loads((tmp_path / "out" / "guided_seed0.json").read_text())["arguments"]
+    assert arguments["guidance_scale"] == 2.0
+    assert arguments["body_image"] == arguments["image"] == str(tmp_path / "ct.nii.gz")
+
+
+def test_variant(model, mask, tmp_path):
+    MaisiCTPipeline.from_pretrained(model).save_pretrained(tmp_path / "tiny", variant="fp16")
+    options = ["--model", tmp_path / "tiny", "--mask", mask, "--device", "cpu", "--output", tmp_path / "out"]
+    assert "cannot be loaded" in error_of("generate", *options)
+    assert run("generate", *options, "--variant", "fp16").exit_code == 0
+    record = json.loads((tmp_path / "out" / "tiny_seed0.json").read_text())
+    assert record["model"]["variant"] == "fp16"
 
 
 def test_the_same_seed_gives_the_same_bytes(base, tmp_path):

@@ -148,6 +148,10 @@ def test_errors(model, tmp_path):
     shutil.copytree(model, tmp_path / "tiny")
     (tmp_path / "tiny" / "unet" / "config.json").write_text("{")
     assert error_of("info", tmp_path / "tiny").startswith(f"{tmp_path / 'tiny'} cannot be read: ")
+    shutil.copytree(model, tmp_path / "clone")
+    weights = tmp_path / "clone" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert error_of("info", tmp_path / "clone").endswith("download it again (a clone: git lfs pull)")
     index = tmp_path / "tiny" / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "OtherPipeline"}))
     assert error_of("info", tmp_path / "tiny").endswith("cannot be read: it is not of a MaisiCTPipeline")

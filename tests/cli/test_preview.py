@@ -22,7 +22,7 @@ def ct(tmp_path):
 
 
 def test_picture(ct, mask, tmp_path):
-    result = run("preview", ct, mask, "-o", tmp_path / "picture.png")
+    result = run("preview", ct, mask, "-o", tmp_path / "picture.png", "--force")
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{tmp_path / 'picture.png'}\n", "")
     with_labels = (tmp_path / "picture.png").read_bytes()
     assert with_labels.startswith(b"\x89PNG")
@@ -31,7 +31,7 @@ def test_picture(ct, mask, tmp_path):
 
 
 def picture(tmp_path, *arguments):
-    run_json("preview", *arguments, "-o", tmp_path / "picture.png")
+    run_json("preview", *arguments, "-o", tmp_path / "picture.png", "--force")
     return (tmp_path / "picture.png").read_bytes()
 
 
@@ -65,7 +65,7 @@ def test_the_real_torso(torso_ct, torso_labels, tmp_path):
         "preview", torso_ct, torso_labels, "--vocabulary", "totalsegmentator", "-o", tmp_path / "torso.png"
     )
     assert said["warnings"] == [] and (tmp_path / "torso.png").stat().st_size > 100_000
-    said = run_json("preview", torso_ct, torso_labels, "-o", tmp_path / "torso.png")
+    said = run_json("preview", torso_ct, torso_labels, "-o", tmp_path / "torso.png", "--force")
     assert "if it is from there, read it as 'totalsegmentator'" in said["warnings"][0]
 
 
@@ -75,10 +75,17 @@ def test_errors(ct, mask, tmp_path):
     (tmp_path / "bad.nii.gz").write_text("no image")
     assert "cannot be read as NIfTI" in error_of("preview", tmp_path / "bad.nii.gz")
     assert "holds floating-point labels" in error_of("preview", ct, floating(tmp_path))
-    assert "No such file or directory" in error_of("preview", ct, "-o", tmp_path / "missing" / "ct.png")
+    assert "let it end in .png" in error_of("preview", ct, "-o", mask, code=2)
     said = run("preview", ct, tmp_path / "bad.nii.gz", "--json")
     assert (said.exit_code, said.stderr) == (1, "") and "cannot be read" in json.loads(said.stdout)["error"]
     assert not list(tmp_path.glob("**/*.png"))
+
+
+def test_a_picture_is_not_replaced_unasked(ct, tmp_path):
+    run_json("preview", ct, "-o", tmp_path / "new" / "ct.png")
+    before = (tmp_path / "new" / "ct.png").read_bytes()
+    assert "--force to replace it" in error_of("preview", ct, "--window", "bone", "-o", tmp_path / "new" / "ct.png")
+    assert (tmp_path / "new" / "ct.png").read_bytes() == before
 
 
 def floating(tmp_path):

@@ -110,6 +110,16 @@ def flipped_bytes(path):
     path.write_bytes(raw)
 
 
+def larger_than_memory(path):
+    """By its header."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.float32)
+    header.set_data_shape((30000, 30000, 30000))
+    with gzip.open(path, "wb") as file:
+        header.write_to(file)
+        file.write(bytes(100))
+
+
 def other_format(path):
     with gzip.open(path, "wb") as file:
         nib.MGHImage(np.zeros((2, 3, 4), np.float32), np.eye(4)).to_stream(file)
@@ -129,6 +139,7 @@ def other_format(path):
         ("a.nii", truncated, ValueError, "cut short"),
         ("a.nii.gz", truncated, ValueError, "cut short"),
         ("a.nii.gz", flipped_bytes, ValueError, "damaged"),
+        ("a.nii.gz", larger_than_memory, ValueError, "damaged or cut short"),
     ],
 )
 @pytest.mark.parametrize("load", [load_volume, load_label_map])

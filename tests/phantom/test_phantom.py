@@ -232,3 +232,14 @@ def test_bad_input(given, message):
 def test_bad_subject(given, message):
     with pytest.raises(ValueError, match=message):
         Subject.draw(0, **given)
+
+
+@pytest.mark.parametrize("sizes", [{"Liver": 1.3}, {"liver": 0}, {"liver": -1.0}])
+def test_sizes_that_are_none(sizes):
+    with pytest.raises(ValueError, match="a label's name and a factor above 0"):
+        Subject.draw(3, sizes=sizes)
+
+
+def test_a_subject_has_its_own_seed():
+    with pytest.raises(ValueError, match="seed=7 is not that of the subject, 11"):
+        make_phantom(7, subject=Subject.draw(11), **GRID)

@@ -89,6 +89,12 @@ CASES = {
     "unknown modality code": ("rflow", IMAGE_ONLY | {"modality": 300}, "300", "127"),
     "unknown output type": ("rflow", IMAGE_ONLY | {"output_type": "pil"}, "pil", "nifti"),
     "unknown vocabulary": ("rflow", {"mask": "good", "mask_vocabulary": "nnunet"}, "nnunet", "totalsegmentator"),
+    "vocabulary of no mask": (
+        "rflow",
+        IMAGE_ONLY | {"mask_vocabulary": "totalsegmentator"},
+        "'totalsegmentator'",
+        "none was given",
+    ),
     "unknown controllable": ("rflow", {"controllable_anatomy_size": [("spleen", 0.5)], **GRID}, "spleen", "liver"),
     # sizes of anatomy
     "anatomy size": ("rflow", {"controllable_anatomy_size": [("liver", 1.5)], **GRID}, "1.5", "0 to 1"),

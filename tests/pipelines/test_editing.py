@@ -141,6 +141,11 @@ def test_ddpm(ct):
 WRONG = {
     "no mask": ({"mask": None, "image_only": True}, "there is none: give mask="),
     "no image": ({"image": None, "repaint_labels": [26]}, "there is none: give both"),
+    "strength of nothing": ({"image": None, "strength": 0.5}, "strength says how image is changed"),
+    "feather of nothing": ({"image": None, "feather": 3.0}, "feather says how image is changed"),
+    "feather around nothing": ({"feather": 3.0}, "feather is around repaint_labels"),
+    "negative feather": ({"repaint_labels": [26], "feather": -5.0}, "feather=-5.0 is not allowed"),
+    "endless feather": ({"repaint_labels": [26], "feather": float("inf")}, "feather=inf is not allowed"),
     "strength": ({"strength": 1.5}, "strength=1.5 is not allowed"),
     "no labels": ({"repaint_labels": []}, "repaint_labels=\\[\\] is not allowed"),
     "no list": ({"repaint_labels": 26}, "repaint_labels=26 is not allowed"),

@@ -50,6 +50,12 @@ def test_a_whole_model(arguments, tmp_path):
     assert "not for" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_a_folder_that_is_no_model_is_not_replaced(arguments, tmp_path):
+    with pytest.raises(ValueError, match="holds no model: choose another --output_dir"):
+        load_script("assemble_phantom_model").main([*arguments, "--output_dir", str(tmp_path)])
+    assert (tmp_path / "unet").is_dir()
+
+
 def test_nothing_by_half(arguments, tmp_path):
     assemble = load_script("assemble_phantom_model")
     assemble.main(arguments)

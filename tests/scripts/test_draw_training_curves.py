@@ -8,7 +8,7 @@ from .training_data import load_script
 
 
 def write_log(folder, losses):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     lines = [json.dumps({"step": i + 1, "loss": loss, "lr": 1e-3}) for i, loss in enumerate(losses)]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder)
@@ -25,6 +25,13 @@ def test_table_and_picture(tmp_path):
         "unet,loss,1,0.5",
     ]
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_equal_names(tmp_path, capsys):
+    runs = [write_log(tmp_path / which / "unet", [1.0]) for which in ("a", "b")]
+    with pytest.raises(SystemExit):
+        load_script("draw_training_curves").main(["--runs", *runs, "--output", str(tmp_path / "x")])
+    assert "two folders have one name" in capsys.readouterr().err
 
 
 def test_no_log(tmp_path):

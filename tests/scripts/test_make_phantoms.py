@@ -2,8 +2,10 @@
 
 import pytest
 
+from maisi_diffusers.phantom import names_of_tumors
 from maisi_diffusers.training.checks import check_cases
 from maisi_diffusers.training.data_list import read_data_list
+from maisi_diffusers.training.phantom_dataset import tumors_of
 
 from .training_data import load_script
 
@@ -37,6 +39,33 @@ def test_one_region_for_all(tmp_path):
     run(tmp_path / "heads", "--num_cases", "2", "--body_region", "head", "--tumors", "0")
     for case in read_data_list(tmp_path / "heads" / "dataset.json").cases:
         assert case.top_region_index == (1, 0, 0, 0)
+
+
+def test_cases_of_other_options_are_made_again(tmp_path):
+    run(tmp_path / "phantoms", "--num_cases", "2", "--tumors", "0")
+    again = run(tmp_path / "phantoms", "--num_cases", "2", "--tumors", "1")
+    assert again == run(tmp_path / "new", "--num_cases", "2", "--tumors", "1")
+
+
+@pytest.mark.parametrize(
+    ("region", "tumors"),
+    [
+        (("head",), set()),
+        (("Thorax",), {"lung tumor", "hepatic tumor", "bone lesion"}),
+        (("lower",), {"colon cancer primaries", "bone lesion"}),
+        (("abdomen", "pelvis"), {"hepatic tumor", "pancreatic tumor", "colon cancer primaries", "bone lesion"}),
+        (("head", "abdomen"), set(names_of_tumors())),
+    ],
+)
+def test_tumors_of_regions(region, tumors):
+    assert set(tumors_of(region)) == tumors
+
+
+def test_no_tumor_where_its_organ_is_out_of_view(tmp_path):
+    narrow = ["--size", "16", "16", "16", "--spacing", "3", "--other_spacings", "0", "--tumors", "1"]
+    run(tmp_path / "phantoms", "--num_cases", "6", *narrow, "--body_region", "abdomen")
+    cases = read_data_list(tmp_path / "phantoms" / "dataset.json").cases
+    assert len(cases) == 6 and any(max(case.organ_size[5:]) == -1 for case in cases)
 
 
 def test_bad_number(tmp_path, capsys):
