@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from maisi_diffusers import MaisiCTPipeline
+from maisi_diffusers.anatomy import label_bits
 from maisi_diffusers.models import TILINGS, slab_convolution, upsample_conv_maisi
 from tests.parity.monai_reference import PUBLISHED, build_networks, network_config, save_checkpoint
 
@@ -60,7 +61,7 @@ def make_inputs(work: str, size: int, dtype: torch.dtype, device: torch.device) 
     if work == "encode":
         inputs["image"] = torch.rand(1, 1, *[4 * size] * 3, generator=generator).to(dtype)
     if work in ("embedding", "step"):
-        inputs["bits"] = torch.randint(2, (1, 8, *[4 * size] * 3), generator=generator).to(dtype)
+        inputs["labels"] = torch.randint(256, (1, *[4 * size] * 3), generator=generator, dtype=torch.uint8)
         inputs["spacing"] = torch.tensor([[150.0, 150.0, 200.0]], dtype=dtype)
         inputs["timesteps"], inputs["class_labels"] = torch.tensor([500.0]), torch.tensor([1])
     return {name: value.to(device) for name, value in inputs.items()}
@@ -71,15 +72,17 @@ def monai_work(work: str, size: int, device: torch.device) -> Callable[[], torch
     networks = {name: network.to(device) for name, network in build_networks(VERSION, PUBLISHED).items()}
     inputs = make_inputs(work, size, torch.float32, device)
     if work == "embedding":
-        return lambda: networks["controlnet"].controlnet_cond_embedding(inputs["bits"])
+        return lambda: networks["controlnet"].controlnet_cond_embedding(label_bits(inputs["labels"]))
     if work == "decode":
         return lambda: networks["vae"].decode(inputs["latents"])
     if work == "encode":
         return lambda: networks["vae"].encode(inputs["image"])[0]
 
+    bits = label_bits(inputs["labels"])
+
     def step() -> torch.Tensor:
         shared = {"x": inputs["latents"], "timesteps": inputs["timesteps"], "class_labels": inputs["class_labels"]}
-        down, mid = networks["controlnet"](**shared, controlnet_cond=inputs["bits"])
+        down, mid = networks["controlnet"](**shared, controlnet_cond=bits)
         return networks["unet"](
             **shared,
             spacing_tensor=inputs["spacing"],
@@ -103,7 +106,10 @@ def our_work(work: str, size: int, variant: str, folder: Path, device: torch.dev
         return lambda: pipe.vae.decode(inputs["latents"]).sample
     if work == "encode":
         return lambda: pipe.vae.encode(inputs["image"]).latent_dist.mode()
-    embed = partial(pipe.controlnet.embed_condition, inputs["bits"])
+
+    def embed() -> torch.Tensor:
+        return pipe.controlnet.embed_condition(label_bits(inputs["labels"], dtype=torch.uint8))
+
     if work == "embedding":
         return embed
     conditions = {"class_labels": inputs["class_labels"], "spacing": inputs["spacing"]}

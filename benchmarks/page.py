@@ -108,7 +108,8 @@ def draw_speed(results: dict[str, dict], path: Path) -> None:
             variant = next((f"{dtype} {tiling}" for tiling in ("auto", "off") if f"{dtype} {tiling}" in of_work), None)
             if variant is not None:
                 faster = of_work["MONAI"]["seconds"] / of_work[variant]["seconds"]
-                axes.barh(y + offset, faster, 0.38, color=f"C{i}", label=dtype if y == 0 else None)
+                told = axes.get_legend_handles_labels()[1]
+                axes.barh(y + offset, faster, 0.38, color=f"C{i}", label=None if dtype in told else dtype)
                 axes.text(faster, y + offset, f" {faster:.1f}", va="center")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), reversed(rows))

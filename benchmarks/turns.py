@@ -92,7 +92,8 @@ def _take_turns(commands: dict[str, list[str]], times: int, environment: dict[st
     for variant, command in commands.items():
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[variant] = subprocess.Popen([sys.executable, *command], env=os.environ | environment, **pipes)
-        processes[variant].stdout.readline()
+        if not processes[variant].stdout.readline():
+            raise RuntimeError(f"{variant} cannot be made, for the reason above")
     results = {variant: [] for variant in commands}
     for _ in range(times):
         for variant, process in processes.items():

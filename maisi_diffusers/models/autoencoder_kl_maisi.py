@@ -88,15 +88,15 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
         """
         self.tiling = "auto"
 
-    def enable_tiling(self, memory: int | str = "4GiB", folder: str | os.PathLike | None = None) -> None:
+    def enable_tiling(self, memory: int | str | None = None, folder: str | os.PathLike | None = None) -> None:
         r"""
         Encode and decode in slabs along X with the result of the whole, like [`enable_exact_tiling`], but keep only a
         quarter of the features: those of the finest level are made anew for each of its norms and for the result. This
         takes several times as long. For inference.
 
         Args:
-            memory: what features may take at once, in bytes or as `"4GiB"`. At least some planes of the volume are
-                in memory, however little that is.
+            memory: what features may take at once, in bytes or as `"4GiB"`; what is free at each call if not given. At
+                least some planes of the volume are in memory, however little that is.
             folder: where a scratch file is made when what is kept from layer to layer does not fit into the memory (of
                 a GPU, nor that of the host); the system's for temporary files if not given.
         """
@@ -104,13 +104,13 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
 
     def enable_exact_tiling(
         self,
-        memory: int | str = "4GiB",
+        memory: int | str | None = None,
         folder: str | os.PathLike | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         r"""
         Encode and decode in slabs along X with the result of the whole, but for rounding: group norms have the
-        statistics of the whole volume, for which up to two volumes of features of the finest level are kept. For
+        statistics of the whole volume, for which two and a half volumes of features of the finest level are kept. For
         inference.
 
         Args:
@@ -122,13 +122,13 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
 
     def _enable_tiling(
         self,
-        memory: int | str,
+        memory: int | str | None,
         folder: str | os.PathLike | None,
         keeps_finest: bool,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        size = convert_file_size_to_int(memory)
-        if size <= 0:
+        size = None if memory is None else convert_file_size_to_int(memory)
+        if size is not None and size <= 0:
             raise ValueError(f'memory={memory!r} is not allowed: give a positive number of bytes, or e.g. "4GiB"')
         if folder is not None and not os.path.isdir(folder):
             raise FileNotFoundError(f"there is no folder {str(folder)!r} for a scratch file: make it or leave it out")

@@ -22,14 +22,16 @@ class RollingPlanes:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Planes start to stop, (1, C, stop - start, Y, Z). Those before can never be read again."""
-        if self.planes is None:
-            self.planes = self.make(slice(start, stop))
-        else:
-            made = self.start + self.planes.shape[2]
-            self.planes = self.planes[:, :, start - self.start :]
-            if made < stop:
-                self.planes = torch.cat([self.planes, self.make(slice(made, stop))], dim=2)
-        self.start = start
+        kept, made = None, start
+        if self.planes is not None:
+            kept, made = self.planes[:, :, start - self.start :], self.start + self.planes.shape[2]
+        if made < stop:
+            # A copy, so that the planes behind are let go before others are made.
+            kept = None if kept is None or made == start else kept.clone()
+            self.planes = None
+            new = self.make(slice(made, stop))
+            kept = new if kept is None else joined(kept, new)
+        self.start, self.planes = start, kept
         return self.planes[:, :, : stop - start]
 
 
@@ -79,19 +81,25 @@ class FinestLevel:
         features = before = RollingPlanes(self.head)
         for i in range(num_convs):
             block = self.resnets[i // 2] if i < 2 * len(self.resnets) else None
-            make = partial(self.convolve, i, features, statistics[i], block is not None)
+            make = partial(convolve, self.convs[i], features, statistics[i], block is not None, self.size[0])
             if block is not None and i % 2 == 1:
                 make = partial(add_residual, make, before, block.conv_shortcut)
             before, features = features, RollingPlanes(make)
         return features
 
-    def convolve(
-        self, i: int, source: RollingPlanes, statistics: GroupStatistics, activate: bool, planes: slice
-    ) -> torch.Tensor:
-        """Planes behind a norm and its convolution, of the features before them."""
-        is_first, is_last = planes.start == 0, planes.stop == self.size[0]
-        slab = source.read(planes.start - (not is_first), planes.stop + (not is_last))
-        return self.convs[i].in_parts(slab, is_first, is_last, statistics, activate)
+
+def convolve(
+    conv: SlabConvolution,
+    source: RollingPlanes,
+    statistics: GroupStatistics,
+    activate: bool,
+    length: int,
+    planes: slice,
+) -> torch.Tensor:
+    """Planes behind a norm and its convolution, of a grid of so many along X, made of the features before them."""
+    is_first, is_last = planes.start == 0, planes.stop == length
+    slab = source.read(planes.start - (not is_first), planes.stop + (not is_last))
+    return conv.in_parts(slab, is_first, is_last, statistics, activate)
 
 
 def add_residual(make: Make, before_block: RollingPlanes, shortcut: nn.Module | None, planes: slice) -> torch.Tensor:
@@ -99,3 +107,11 @@ def add_residual(make: Make, before_block: RollingPlanes, shortcut: nn.Module | 
     slab = make(planes)  # first of all: it reads planes of the block's input from further in front
     residual = before_block.read(planes.start, planes.stop)
     return slab.add_(residual if shortcut is None else shortcut(residual))
+
+
+def joined(front: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """Planes after planes, with the channels of a voxel side by side, as convolutions on the CPU want them."""
+    _, channels, planes, *size = front.shape
+    result = front.new_empty(1, planes + back.shape[2], *size, channels).permute(0, 4, 1, 2, 3)
+    result[:, :, :planes], result[:, :, planes:] = front, back
+    return result

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # Voxels that the CPU adds up in float32, one after the other: of many more a sum is off by what is seen in the result,
-# and they leave the cache. GPUs add up in a tree.
+# and they leave the cache. Other devices add up in a tree.
 ROWS = 8192
 
 
@@ -31,14 +31,13 @@ class GroupStatistics:
         voxels = slab[0].permute(1, 2, 3, 0).flatten(0, 2)  # no copy where channels lie side by side
         for part in voxels.split(ROWS if slab.device.type == "cpu" else len(voxels)):
             part = part.float()
-            ones = part.new_ones(1, len(part))  # a product with them adds up faster than a sum
-            mean = (ones @ part)[0] / len(part)
-            squares = (ones @ (part - mean).square_())[0]
-            self.merge(torch.stack([torch.full_like(mean, len(part)), mean, squares]).double().cpu())
+            mean = part.sum(0) / len(part)  # a product with ones would be rounded to 16 bits under autocast
+            squares = (part - mean).square_().sum(0)
+            self.merge(torch.stack([torch.full_like(mean, len(part)), mean, squares]))
 
     def merge(self, other: torch.Tensor) -> None:
         """Statistics of others, as [`pack`] gives them."""
-        count, mean, squares = other
+        count, mean, squares = other.cpu().double()  # in this order: not every device has float64
         total = self.count + count
         change = mean - self.mean
         self.squares = self.squares + squares + change.square() * (self.count * count / total)
@@ -57,7 +56,7 @@ class GroupStatistics:
         deviation = (squares.mean(1, keepdim=True) + self.norm.eps).sqrt()
         scale, shift = (value.expand_as(groups).flatten() for value in (1 / deviation, -mean / deviation))
         if self.norm.affine:
-            weight, bias = (value.double().cpu() for value in (self.norm.weight, self.norm.bias))
+            weight, bias = (value.cpu().double() for value in (self.norm.weight, self.norm.bias))
             scale, shift = scale * weight, shift * weight + bias
         scale, shift = (value.float().to(slab.device)[:, None, None] for value in (scale, shift))
         for plane, plane_out in zip(slab[0].unbind(1), out[0].unbind(1)):  # from step to step it stays in the cache

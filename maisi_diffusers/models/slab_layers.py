@@ -20,7 +20,7 @@ def convolved(conv: SlabConvolution, source: Activations, planes: slice) -> torc
     """Planes of the result of a convolution."""
     start, stop, length = planes.start, planes.stop, source.size[0]
     slab = source.read(max(start - 1, 0), min(stop + 1, length))
-    return conv(slab, start == 0, stop == length)
+    return conv.in_parts(slab, start == 0, stop == length)
 
 
 def downsampled(resampler: MaisiVaeDownsample3D, source: Activations, planes: slice) -> torch.Tensor:
@@ -40,6 +40,6 @@ def upsampled(
         slab = resampler.interpolate(source.read(max(first - 1, 0), min(last + 1, source.size[0])))
         # Of the two planes beyond each cut the convolution sees the nearer one; the other one lacks its neighbour.
         slab = slab[:, :, 0 if is_first else 1 : slab.shape[2] if is_last else -1]
-        slab = conv(slab, is_first, is_last)
+        slab = conv.in_parts(slab, is_first, is_last)
     start = planes.start - 2 * first
     return slab[:, :, start : start + planes.stop - planes.start]

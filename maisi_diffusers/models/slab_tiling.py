@@ -3,8 +3,8 @@ The VAE's encoder and decoder in slabs along X: every convolution sees its true 
 same statistics in every slab, so that nothing shows where slabs meet.
 
 Layer by layer, each through the whole volume before the next one begins, the statistics are those of the whole, and
-the result is that of the whole. Two volumes of features are kept at most, since a residual block writes its result
-over its input: on the device, on the host or in a scratch file, wherever they fit. The finest level, with three
+the result is that of the whole. Two and a half volumes of features are kept at most, since a residual block writes its
+result over its input: on the device, on the host or in a scratch file, wherever they fit. The finest level, with three
 quarters of what would be kept, can be left out of this: for each of its norms it is then made anew from what the other
 levels leave, in slabs that go through all its layers.
 """
@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import psutil
 import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..memory import usable_memory
 from .activations import Activations
 from .finest_level import FinestLevel
 from .group_statistics import GroupStatistics
@@ -49,7 +49,7 @@ class SlabTiling:
     Runs [`MaisiEncoder3D`] or [`MaisiDecoder3D`] in slabs.
 
     Args:
-        memory: bytes that features may take at once on the device.
+        memory: bytes that features may take at once on the device; if not given, what is free there at each call.
         keeps_finest: whether the features of the finest level are kept, or made anew for each norm.
         folder: where a scratch file is made; the system's for temporary files if not given.
         group: processes that share the slabs: each is called with the same, and gets the whole result.
@@ -57,7 +57,7 @@ class SlabTiling:
 
     def __init__(
         self,
-        memory: int,
+        memory: int | None,
         keeps_finest: bool,
         folder: str | os.PathLike | None = None,
         group: dist.ProcessGroup | None = None,
@@ -81,8 +81,7 @@ class SlabTiling:
             slabs = self.convolved(image, encoder.conv_in)
         else:
             head = partial(convolved, SlabConvolution(encoder.conv_in), image)
-            level = self.fixed(FinestLevel(head, finest.resnets, None, image.size))
-            slabs = self.downsampled(level, finest.resampler)
+            slabs = self.downsampled(self.fixed(FinestLevel(head, finest.resnets, None, image.size)), finest.resampler)
         features, statistics = self.through(steps, slabs, size, encoder.conv_norm_out)
         return self.join(self.convolved(features, encoder.conv_out, statistics), features.size)
 
@@ -125,11 +124,12 @@ class SlabTiling:
 
     def place(self, kept: int, device: torch.device) -> tuple[torch.device | str | os.PathLike, int]:
         """A device or the folder for so many bytes of features, and what is then left for slabs on the device."""
-        if kept <= self.memory / 2:
-            return device, self.memory - kept
-        if device.type != "cpu" and kept <= psutil.virtual_memory().available / 2:
-            return torch.device("cpu"), self.memory
-        return self.folder, self.memory
+        memory = usable_memory(device) if self.memory is None else self.memory
+        if kept <= memory / 2:
+            return device, memory - kept
+        if device.type != "cpu" and kept <= usable_memory(torch.device("cpu")):
+            return torch.device("cpu"), memory
+        return self.folder, memory
 
     def through(
         self, steps: list[nn.Module], slabs: Slabs, size: tuple[int, int, int], last_norm: nn.GroupNorm | None
@@ -141,6 +141,7 @@ class SlabTiling:
             if isinstance(step, MaisiVaeResnetBlock3D):
                 features, statistics = self.resnet(features, statistics, step, norm)
             else:
+                features.spare = None
                 resampled = self.upsampled if isinstance(step, MaisiVaeUpsample3D) else self.downsampled
                 size = resampled_size(step, features.size)
                 features, statistics = self.keep(resampled(features, step), size, norm)
@@ -154,8 +155,10 @@ class SlabTiling:
         first = self.convolved(source, block.conv1, statistics, activate=True)
         if block.conv_shortcut is None:
             middle, residual = source.spare or source.like(channels, self.where), source
+            source.spare = None  # else each of the two would keep the other one alive
             _, statistics = self.keep(first, size, block.norm2, [middle])
         else:
+            source.spare = None
             room = source if source.channels >= 2 * channels else source.like(2 * channels, self.where)
             middle, residual = room.split(channels)
             both = (
@@ -275,16 +278,24 @@ class SlabTiling:
 
 def kept_values(steps: list[nn.Module], size: tuple[int, int, int]) -> int:
     """How many values of features are kept at most while layers run, the first of them on a grid of a size."""
+    # Channels that there is room for where the features are, and in another place, unless this shares the room.
+    room, spare, is_shared = steps[0].norm1.num_channels, 0, False
     largest = 0
     for step in steps:
         if isinstance(step, MaisiVaeResnetBlock3D):
             before, behind = step.norm1.num_channels, step.norm2.num_channels
-            is_in_place = before == behind or before >= 2 * behind
-            values = (max(before, 2 * behind) if is_in_place else before + 2 * behind) * math.prod(size)
+            wanted = 0
+            if step.conv_shortcut is not None:
+                spare, is_shared = 0, True
+                wanted = 0 if before >= 2 * behind else 2 * behind
+            elif not is_shared and not spare:
+                room, spare = behind, room
+            values = (room + spare + wanted) * math.prod(size)
+            room = wanted or room
         else:
             next_size = resampled_size(step, size)
-            values = out_channels(step.conv) * (math.prod(size) + math.prod(next_size))
-            size = next_size
+            values = room * math.prod(size) + out_channels(step.conv) * math.prod(next_size)
+            size, room, spare, is_shared = next_size, out_channels(step.conv), 0, False
         largest = max(largest, values)
     return largest
 
@@ -298,16 +309,17 @@ def slab_memory(decoder: MaisiDecoder3D, size: tuple[int, int, int], keeps_fines
         size: of the latent.
         keeps_finest: see [`SlabTiling`].
     """
-    channels, voxels = decoder.conv_out.in_channels, math.prod(size[1:]) * 4 ** (len(decoder.blocks) - 1)
+    scale = 2 ** (len(decoder.blocks) - 1)
+    voxels = scale**2 * math.prod(size[1:])
+    norms = [norm for resnet in decoder.blocks[-1].resnets for norm in (resnet.norm1, resnet.norm2)]
+    norms.append(decoder.conv_norm_out)
+    channels = max(norm.num_channels for norm in norms)
     if keeps_finest:
         steps, remembered_channels = layers_of(decoder.blocks), 0
-        length = size[0] * 2 ** (len(decoder.blocks) - 1)
-        planes = min(planes_in_cache(channels, voxels, torch.device("cpu")), length)
+        planes = min(planes_in_cache(channels, voxels, torch.device("cpu")), scale * size[0])
     else:
-        steps, planes = layers_of(decoder.blocks[:-1])[:-1], 1
-        norms = [norm for resnet in decoder.blocks[-1].resnets for norm in (resnet.norm1, resnet.norm2)]
-        channels = max(norm.num_channels for norm in norms)
-        remembered_channels = sum(norm.num_channels for norm in (*norms, decoder.conv_norm_out))
+        steps, remembered_channels = layers_of(decoder.blocks[:-1])[:-1], sum(norm.num_channels for norm in norms)
+        planes = 1
     return kept_values(steps, size), (planes + NEIGHBOURS) * bytes_of_slabs(channels, remembered_channels, voxels)
 
 

@@ -10,9 +10,7 @@ from .slab_tiling import SlabTiling, kept_values, layers_of
 from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D
 
 # One piece takes so many times what slabs keep: measured on the CPU, 3.6 tensors of the finest level.
-ONE_PIECE = 3.5
-# Of the free memory; the rest is for what else needs some.
-SHARE = 0.8
+ONE_PIECE = 3.2
 
 
 def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
@@ -36,7 +34,7 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
     kept = kept_values(layers_of(network.blocks), tuple(x.shape[2:])) * x.element_size()
     if not is_on_cpu and ONE_PIECE * len(x) * kept <= free:
         return None
-    exact = SlabTiling(int(SHARE * free), keeps_finest=True)
+    exact = SlabTiling(None, keeps_finest=True)
     if exact.place(kept, x.device)[0] != exact.folder or kept <= shutil.disk_usage(exact.folder).free:
         return exact
     warnings.warn(
@@ -44,7 +42,7 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
         "it makes most of them several times, in more time; vae.enable_exact_tiling(folder=...) takes another folder",
         stacklevel=2,
     )
-    return SlabTiling(exact.memory, keeps_finest=False)
+    return SlabTiling(None, keeps_finest=False)
 
 
 def has_hooked_layers(network: MaisiEncoder3D | MaisiDecoder3D) -> bool:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from maisi_diffusers.models import TILINGS
+
 from .networks import VAES, build, deviation, inputs
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -91,10 +93,12 @@ def classes_of(vae, z):
     return decode(vae, z).argmax(dim=1, keepdim=True)
 
 
+@pytest.mark.parametrize("tiling", ["off", "auto"])
 @pytest.mark.parametrize("size", [(8, 12, 16), (16, 8, 8), (20, 8, 12), (40, 8, 8)], ids=str)
-def test_classes_are_the_largest_outputs(size):
+def test_classes_are_the_largest_outputs(size, tiling):
     """Whatever the slabs: less than one, one, several, and a last one of few planes."""
     vae = build("mask vae")
+    TILINGS[tiling](vae)
     z = latent(vae, size, batch=2)
     classes = vae.decode_classes(z)
     assert classes.shape == (2, 1, *size) and classes.dtype == torch.int16

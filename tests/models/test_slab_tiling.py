@@ -1,8 +1,10 @@
 """The VAE in slabs gives what it gives in one piece."""
 
+import gc
 import math
 import shutil
 import tempfile
+import weakref
 from types import SimpleNamespace
 
 import psutil
@@ -16,10 +18,10 @@ from maisi_diffusers.models.finest_level import RollingPlanes
 from maisi_diffusers.models.group_statistics import GroupStatistics
 from maisi_diffusers.models.shares import Shares
 from maisi_diffusers.models.slab_convolution import SlabConvolution
-from maisi_diffusers.models.slab_tiling import SlabTiling
+from maisi_diffusers.models.slab_tiling import SlabTiling, kept_values, layers_of
 from maisi_diffusers.models.tiling_choice import choose_tiling
 
-SIZE = (7, 6, 5)
+SIZE = (7, 5, 6)
 # Everything in a file and one plane at a time; some planes; all that is kept in memory; the whole in one slab.
 MEMORIES = ["1KB", "200KB", "3MB", "1GiB"]
 
@@ -87,6 +89,18 @@ def test_batch(enable):
     assert_same_in_slabs(make_vae(), enable, "200KB", batch=2)
 
 
+def test_statistics_under_autocast():
+    norm, slab = torch.nn.GroupNorm(2, 4), draw(1, 4, 8, 16, 16) + 3
+    expected, found = GroupStatistics(norm), GroupStatistics(norm)
+    expected.add(slab)
+    with torch.autocast("cpu", torch.bfloat16):
+        found.add(slab)
+    assert torch.equal(found.pack(), expected.pack())
+    mean, variance = expected.mean, expected.squares / expected.count
+    assert torch.allclose(mean, slab.double().mean((0, 2, 3, 4)), atol=1e-6)
+    assert torch.allclose(variance, slab.double().var((0, 2, 3, 4), correction=0), atol=1e-6)
+
+
 def test_planes_are_made_once():
     """From front to back, and forgotten behind what is read."""
     made = []
@@ -96,10 +110,11 @@ def test_planes_are_made_once():
         return torch.arange(planes.start, planes.stop).view(1, 1, -1, 1, 1)
 
     features = RollingPlanes(make)
-    for start, stop in ((2, 5), (3, 5), (4, 9), (8, 10), (9, 10)):
-        assert features.read(start, stop).flatten().tolist() == list(range(start, stop))
-    assert made == [(2, 5), (5, 9), (9, 10)]
-    assert features.planes.shape[2] == 1
+    for start, stop, kept in ((2, 5, 3), (3, 5, 3), (4, 9, 5), (8, 10, 2), (10, 12, 2)):
+        slab = features.read(start, stop)
+        assert slab.flatten().tolist() == list(range(start, stop))
+        assert slab.untyped_storage().nbytes() == kept * slab.element_size()
+    assert made == [(2, 5), (5, 9), (9, 10), (10, 12)]
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -214,6 +229,45 @@ def test_where_features_are_kept(keeps_finest, monkeypatch, tmp_path):
     assert made and set(made) == {tmp_path}
 
 
+@pytest.mark.parametrize("block_out_channels", [(8, 8, 16), (8, 16, 32), (16, 16)])
+@pytest.mark.parametrize("enable", [AutoencoderKLMaisi.enable_exact_tiling, AutoencoderKLMaisi.enable_tiling])
+@torch.no_grad()
+def test_what_is_kept(block_out_channels, enable, monkeypatch):
+    """As much as is told, and nothing of it any longer: nothing waits for the garbage collector."""
+    values = {"now": 0, "highest": 0}
+
+    def change(number):
+        values["now"] += number
+        values["highest"] = max(values.values())
+
+    original = Activations.__init__
+
+    def record(self, *args):
+        original(self, *args)
+        change(self.memory.numel())
+        weakref.finalize(self.memory.untyped_storage(), change, -self.memory.numel())
+
+    vae = make_vae(block_out_channels=block_out_channels)
+    z = draw(1, 4, *SIZE)
+    x = draw(1, 1, *(vae.spatial_compression_ratio * n for n in SIZE))
+    enable(vae, "1GiB")
+    decoder_steps, encoder_steps, size = layers_of(vae.decoder.blocks), layers_of(vae.encoder.blocks), x.shape[2:]
+    if not vae.tiling.keeps_finest:
+        decoder_steps, encoder_steps = layers_of(vae.decoder.blocks[:-1])[:-1], layers_of(vae.encoder.blocks[1:])
+        size = [n // 2 for n in size]
+    vae.decode(z), vae.encode(x)  # what is made at the first call and stays
+    monkeypatch.setattr(Activations, "__init__", record)
+    gc.disable()
+    try:
+        for call, steps, shape in ((vae.decode, decoder_steps, z), (vae.encode, encoder_steps, x)):
+            values["highest"] = 0
+            call(shape)
+            told = kept_values(steps, tuple(z.shape[2:]) if shape is z else tuple(size))
+            assert values == {"now": 0, "highest": told + shape.numel()}  # the input is kept too
+    finally:
+        gc.enable()
+
+
 def test_less_is_kept_without_the_finest_level(monkeypatch):
     kept = []
     original = Activations.__init__
@@ -246,7 +300,7 @@ def test_ways_to_tile():
     vae = AutoencoderKLMaisi.from_config(make_vae().config)
     assert vae.tiling == "auto"
     vae.enable_exact_tiling()
-    assert (vae.tiling.keeps_finest, vae.tiling.memory) == (True, 4 * 2**30)
+    assert (vae.tiling.keeps_finest, vae.tiling.memory) == (True, None)
     vae.enable_tiling(10**9)
     assert (vae.tiling.keeps_finest, vae.tiling.memory) == (False, 10**9)
     vae.disable_tiling()
@@ -262,7 +316,7 @@ def test_choice_on_the_cpu(monkeypatch, free):
     vae = make_vae()
     x = draw(1, 4, *SIZE)
     tiling = choose_tiling(vae.decoder, x)
-    assert (tiling.keeps_finest, tiling.memory) == (True, int(0.8 * free))
+    assert (tiling.keeps_finest, tiling.memory) == (True, None)
     with torch.no_grad():
         whole = vae.decode(x).sample
         vae.enable_auto_tiling()
@@ -274,10 +328,13 @@ def test_choice_on_an_accelerator(monkeypatch):
     """One piece where there is room for it."""
     decoder, x = make_vae().decoder.to("meta"), torch.empty(1, 4, *SIZE, device="meta")
     for free, is_whole in ((2**30, True), (2**20, False)):
-        monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device, free=free: (free, 2**31))
+        # Half of what is free has been reserved before, and is not in use.
+        monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device, free=free: (free // 2, 2**31))
+        monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device, free=free: free // 2 + 1000)
+        monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 1000)
         tiling = choose_tiling(decoder, x)
         assert (tiling is None) == is_whole
-    assert (tiling.keeps_finest, tiling.memory) == (True, int(0.8 * 2**20))
+    assert (tiling.keeps_finest, tiling.memory) == (True, None)
 
 
 def test_choice_without_room(monkeypatch):
@@ -285,7 +342,7 @@ def test_choice_without_room(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=400_000))
     with pytest.warns(UserWarning, match=r"neither the memory nor .* has room .* vae.enable_exact_tiling\(folder="):
         tiling = choose_tiling(make_vae().decoder, draw(1, 4, *SIZE))
-    assert (tiling.keeps_finest, tiling.memory) == (False, 320_000)
+    assert (tiling.keeps_finest, tiling.memory) == (False, None)
 
 
 @pytest.mark.parametrize("enable", [AutoencoderKLMaisi.enable_exact_tiling, AutoencoderKLMaisi.enable_tiling])
