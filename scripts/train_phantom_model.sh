@@ -29,18 +29,15 @@ train() { # script, output folder, options
 phantoms phantoms 0 480 --other_spacings 0.25 --tumors 0.4 --num_folds 24
 phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 --body_region chest abdomen
 
-# 2. Images: the VAE, in two runs, the UNet on its latents, the ControlNet for that UNet.
+# 2. Images: the VAE, which begins as the best linear one, the UNet on its latents, the ControlNet for that UNet.
 # At the published weight of the divergence (1e-7, made for larger patches) half of a latent would be noise; and in the
 # mean of the errors the noise of the CTs would outweigh the bones.
-train_image_vae() { # output folder, VAE to begin with, options
-    train train_vae "$1" "$2" "$3" --data_list "$work/phantoms/dataset.json" --augmentation crop --cached_cases 460 \
-        --patch_size 64 64 32 --patches_per_case 4 --lr_warmup_steps 100 --perceptual_weight 0 \
-        --adversarial_weight 0 --kl_weight 1e-10 --reconstruction_loss l2 "${@:4}"
-}
-train_image_vae vae-first --vae_config_name_or_path "$configs/vae.json" --max_train_steps 3000 \
-    --learning_rate 2e-3
-train_image_vae vae --vae_model_name_or_path "$work/vae-first" --max_train_steps 2000 \
-    --learning_rate 4e-4 --adam_beta2 0.95 --lr_warmup_steps 50 --seed 1
+[ -f "$work/linear-vae/config.json" ] || python "$scripts/start_vae.py" --vae_config_name_or_path "$configs/vae.json" \
+    --data_list "$work/phantoms/dataset.json" --output_dir "$work/linear-vae"
+train train_vae vae --vae_model_name_or_path "$work/linear-vae" --data_list "$work/phantoms/dataset.json" \
+    --augmentation crop --cached_cases 460 --patch_size 64 64 32 --patches_per_case 4 --max_train_steps 800 \
+    --learning_rate 2e-4 --adam_beta2 0.95 --perceptual_weight 0 --adversarial_weight 0 --kl_weight 1e-10 \
+    --reconstruction_loss l2
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \

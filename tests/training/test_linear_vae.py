@@ -1,0 +1,75 @@
+"""A VAE that begins as the best linear one."""
+
+import pytest
+import torch
+from scipy import ndimage
+
+from maisi_diffusers import AutoencoderKLMaisi
+from maisi_diffusers.training.linear_vae import components_of_blocks, make_linear
+
+
+@pytest.fixture(scope="module")
+def volumes():
+    """Smooth, with noise, (1, 16, 8, 12) in 0..1."""
+    noise = torch.rand(3, 16, 8, 12, generator=torch.Generator().manual_seed(0)).numpy()
+    smooth = ndimage.gaussian_filter(noise, (0, 2, 2, 2))
+    return [torch.from_numpy(0.4 + 2 * (one - one.mean()) + 0.02 * rough)[None] for one, rough in zip(smooth, noise)]
+
+
+def make_vae(channels, latent_channels, **config):
+    torch.manual_seed(0)
+    settings = {"norm_num_groups": 2, "norm_eps": 1.0, "layers_per_block": 1, "use_conv_transpose": True} | config
+    return AutoencoderKLMaisi(block_out_channels=channels, latent_channels=latent_channels, **settings).eval()
+
+
+def blocks_of(volume, edge):
+    shape = [side for n in volume.shape[1:] for side in (n // edge, edge)]
+    return volume[0].reshape(shape).permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "number"), [((8, 16), 8), ((8, 16), 3), ((8, 10, 20), 10)], ids=["all of 8", "3 of 8", "10 of 64"]
+)
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+@torch.no_grad()
+def test_principal_components(volumes, channels, number, whitening):
+    vae = make_vae(channels, number)
+    make_linear(vae, volumes, whitening)
+    edge = vae.spatial_compression_ratio
+    mean, components, deviations = components_of_blocks(volumes, edge)
+    assert torch.allclose(components @ components.T, torch.eye(edge**3, dtype=torch.float64), atol=1e-9)
+    for volume in volumes:
+        expected = (blocks_of(volume, edge) - mean) @ components[:number].T.float()
+        posterior = vae.encode(volume[None]).latent_dist
+        scaled = expected * deviations[:number].float() ** -whitening
+        found = posterior.mode()[0].permute(1, 2, 3, 0)
+        assert (found - scaled).abs().max() < 0.02 * scaled.abs().max()
+        assert posterior.std.max() < 0.01
+        rest = blocks_of(vae.decode(posterior.mode()).sample[0], edge) - mean - expected @ components[:number].float()
+        assert rest.abs().max() < 0.02
+
+
+def test_not_of_zeros(volumes):
+    """All of it learns: no gradient is lost in what does nothing yet."""
+    vae = make_vae((8, 10, 20), 10)
+    make_linear(vae, volumes, 0.5)
+    out = vae.decode(vae.encode(volumes[0][None]).latent_dist.mode()).sample
+    (out - volumes[1][None]).square().sum().backward()
+    for name, parameter in vae.named_parameters():
+        if name.endswith("conv2.weight"):
+            assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("channels", "number", "config"),
+    [
+        ((8, 16), 8, {"use_conv_transpose": False}),
+        ((8, 14), 8, {}),
+        ((8, 8, 20), 10, {}),
+        ((8, 16), 4, {"in_channels": 8}),
+        ((16, 16), 4, {}),
+    ],
+)
+def test_vaes_that_cannot_be(volumes, channels, number, config):
+    with pytest.raises(ValueError, match="cannot be linear|must differ"):
+        make_linear(make_vae(channels, number, **config), volumes, 0.5)
