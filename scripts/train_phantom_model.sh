@@ -41,11 +41,11 @@ train train_vae vae --vae_model_name_or_path "$work/linear-vae" --data_list "$wo
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \
-    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 1600 --learning_rate 1e-3 \
-    --lr_warmup_steps 100 --use_ema --ema_decay 0.995
+    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 6000 --learning_rate 1e-3 \
+    --lr_warmup_steps 100 --use_ema --ema_decay 0.998
 train train_controlnet controlnet --pretrained_model_name_or_path "$work/unet" --controlnet_model_name_or_path unet \
-    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 1600 --learning_rate 1e-3 \
-    --lr_warmup_steps 100 --use_ema --ema_decay 0.995
+    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 5000 --learning_rate 1e-3 \
+    --lr_warmup_steps 100 --use_ema --ema_decay 0.998
 
 # 3. Label maps: the mask VAE and the UNet on its latents.
 train train_vae mask-vae --vae_config_name_or_path "$configs/mask_vae.json" \
