@@ -74,8 +74,8 @@ def sample_cases(
         )
         image, label_map = output.images[0], output.labels[0]
         medians[name] = median_hu(image, label_map, pipe.vocabulary)
-        with write_atomically(folder / f"{name}.png") as temporary:  # of several processes, each has its own
-            save_preview(temporary, image, label_map, hidden_labels=(BODY,), title=f"{name}: synthetic")
+        path = folder / f"{name}.png"
+        save_preview(path, image, label_map, hidden_labels=(BODY,), title=f"{name}: synthetic")
     with write_atomically(folder / "median_hu.json") as temporary:
         temporary.write_text(json.dumps(medians, indent=2) + "\n")
     return medians
@@ -108,8 +108,7 @@ def sample_unconditioned(
             num_inference_steps=num_inference_steps,
             generator=torch.Generator().manual_seed(seed),
         )
-        with write_atomically(folder / f"{name}.png") as temporary:
-            save_preview(temporary, output.images[0], title=f"{name}: synthetic")
+        save_preview(folder / f"{name}.png", output.images[0], title=f"{name}: synthetic")
 
 
 def sample_masks(
@@ -136,16 +135,15 @@ def sample_masks(
         )
         label_map = output.masks[0]
         body = np.where(np.asarray(label_map.dataobj), INSIDE, OUTSIDE).astype(np.int16)
-        with write_atomically(folder / f"{name}.png") as temporary:
-            save_preview(
-                temporary,
-                nib.Nifti1Image(body, label_map.affine),
-                label_map,
-                hidden_labels=(BODY,),
-                title=f"{name}: synthetic",
-                names=legend_names(),
-                colours=label_colours(),
-            )
+        save_preview(
+            folder / f"{name}.png",
+            nib.Nifti1Image(body, label_map.affine),
+            label_map,
+            hidden_labels=(BODY,),
+            title=f"{name}: synthetic",
+            names=legend_names(),
+            colours=label_colours(),
+        )
 
 
 def mean_loss(
@@ -162,9 +160,9 @@ def mean_loss(
 
 def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Hand the PNGs of a folder to the trackers that take pictures."""
-    pictures = {
-        path.stem: (imread(path)[None, ..., :3] * 255).astype(np.uint8) for path in sorted(folder.glob("*.png"))
-    }
+    # Those whose name begins with a dot are being written, by another process.
+    paths = sorted(folder.glob("[!.]*.png"))
+    pictures = {path.stem: (imread(path)[None, ..., :3] * 255).astype(np.uint8) for path in paths}
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             tracker.log_images({f"validation/{name}": picture for name, picture in pictures.items()}, step=step)
