@@ -16,7 +16,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
@@ -56,7 +55,6 @@ def main(input_args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     try:
         main()
     except (OSError, ValueError) as error:

@@ -67,10 +67,6 @@ class FoundMask:
     regions: tuple[int, int] | None
     labels: set[int]
 
-    def shows(self, labels: set[int], regions: set[int]) -> bool:
-        """Whether it has all of these labels and regions."""
-        return labels <= self.labels and regions <= _shown(self.regions)
-
 
 class MaisiMaskDatabase:
     r"""
@@ -245,7 +241,7 @@ class MaisiMaskDatabase:
         Raises:
             FileNotFoundError: for a label map that is not there.
             ValueError: if there is none that fits, see [`search`], or of all that could be resampled a requested label
-                would be lost; for one that is damaged.
+                or region would be lost; for one that is damaged.
         """
         entries = self.search(output_size=output_size, spacing=spacing, exact=False, **request)
         vocabulary = request.get("vocabulary", LABELS)
@@ -259,7 +255,11 @@ class MaisiMaskDatabase:
             for entry in chosen:
                 if entry not in found:
                     found[entry] = self._load_on_grid(entry, output_size, spacing)
-            spoiled = [entry for entry in set(chosen) if not found[entry].shows(wanted, regions)]
+            spoiled = [
+                entry
+                for entry in set(chosen)
+                if not (wanted <= found[entry].labels and regions <= _shown(found[entry].regions))
+            ]
             if not spoiled:
                 return [found[entry] for entry in chosen]
             lost.update(label_name(label, vocabulary) for one in spoiled for label in wanted - found[one].labels)

@@ -56,8 +56,11 @@ class FinestLevel:
         size: tuple[int, int, int],
     ):
         self.head, self.resnets, self.size = head, resnets, size
-        layers = [layer for r in resnets for layer in ((r.norm1, r.conv1), (r.norm2, r.conv2))]
-        self.norms, convs = zip(*layers, *([] if out is None else [out]))
+        convs = [conv for resnet in resnets for conv in (resnet.conv1, resnet.conv2)]
+        self.norms = norms_of(resnets)
+        if out is not None:
+            self.norms.append(out[0])
+            convs.append(out[1])
         self.convs = [SlabConvolution(conv) for conv in convs]
         self.channels = max(norm.num_channels for norm in self.norms)
         self.remembered_channels = sum(norm.num_channels for norm in self.norms)
@@ -86,6 +89,11 @@ class FinestLevel:
                 make = partial(add_residual, make, before, block.conv_shortcut)
             before, features = features, RollingPlanes(make)
         return features
+
+
+def norms_of(resnets: nn.ModuleList) -> list[nn.GroupNorm]:
+    """In the order they run."""
+    return [norm for resnet in resnets for norm in (resnet.norm1, resnet.norm2)]
 
 
 def convolve(

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..memory import usable_memory
 from .activations import Activations
-from .finest_level import FinestLevel
+from .finest_level import FinestLevel, norms_of
 from .group_statistics import GroupStatistics
 from .shares import Shares
 from .slab_convolution import SlabConvolution, out_channels, planes_in_cache
@@ -311,8 +311,7 @@ def slab_memory(decoder: MaisiDecoder3D, size: tuple[int, int, int], keeps_fines
     """
     scale = 2 ** (len(decoder.blocks) - 1)
     voxels = scale**2 * math.prod(size[1:])
-    norms = [norm for resnet in decoder.blocks[-1].resnets for norm in (resnet.norm1, resnet.norm2)]
-    norms.append(decoder.conv_norm_out)
+    norms = [*norms_of(decoder.blocks[-1].resnets), decoder.conv_norm_out]
     channels = max(norm.num_channels for norm in norms)
     if keeps_finest:
         steps, remembered_channels = layers_of(decoder.blocks), 0

@@ -321,9 +321,10 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
     vae.to(state.device)
     vocabulary = new_vocabulary(data_list.label_names)
 
-    jobs = list(zip(data_list.cases, names))[state.process_index :: state.num_processes]
-    for case, name in tqdm(jobs, desc="Encode", disable=not state.is_main_process):
-        description = describe(settings, None if encodes_labels(vae) else case.modality)
+    descriptions = [describe(settings, None if encodes_labels(vae) else case.modality) for case in data_list.cases]
+    jobs = list(zip(data_list.cases, names, descriptions))
+    own_jobs = jobs[state.process_index :: state.num_processes]
+    for case, name, description in tqdm(own_jobs, desc="Encode", disable=not state.is_main_process):
         if is_encoded(case, name, args.output_dir, description) and not args.overwrite:
             continue
         latent_path(args.output_dir, name).unlink(missing_ok=True)
@@ -340,8 +341,7 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
     failed = []
     if state.is_main_process:
         cases = []
-        for case, name in zip(data_list.cases, names):
-            description = describe(settings, None if encodes_labels(vae) else case.modality)
+        for case, name, description in jobs:
             if is_encoded(case, name, args.output_dir, description):
                 cases.append(encoded_case(case, name, args.output_dir, ratio))
             else:

@@ -25,15 +25,15 @@ def components_of_blocks(volumes: Iterable[torch.Tensor], edge: int) -> tuple[fl
         the mean of all voxels; the components (edge^3, edge^3), a row each, largest variance first, of the cubes less
         that mean, in the order X, Y, Z of their voxels; their standard deviations.
     """
-    number, total, products = 0, 0.0, torch.zeros(edge**3, edge**3, dtype=torch.float64)
-    sums = torch.zeros(edge**3, dtype=torch.float64)
+    number, sums = 0, torch.zeros(edge**3, dtype=torch.float64)
+    products = torch.zeros(edge**3, edge**3, dtype=torch.float64)
     for volume in volumes:
         blocks = volume[0].unfold(0, edge, edge).unfold(1, edge, edge).unfold(2, edge, edge)
         blocks = blocks.reshape(-1, edge**3).double()
-        number, total = number + len(blocks), total + float(blocks.sum())
+        number += len(blocks)
         products += blocks.T @ blocks
         sums += blocks.sum(0)
-    mean = total / (number * edge**3)
+    mean = float(sums.mean()) / number
     moments = products / number - mean * (sums[:, None] + sums[None, :]) / number + mean**2
     variances, components = torch.linalg.eigh(moments)
     return mean, components.flip(1).T, variances.flip(0).clamp(min=0).sqrt()
@@ -46,8 +46,9 @@ def make_linear(vae: AutoencoderKLMaisi, volumes: Iterable[torch.Tensor], whiten
     images what these say. The residual blocks do nothing at first, as far as they do not change the channels.
 
     Args:
-        vae: of images, with transposed convolutions, group norms with an epsilon near 1, and enough channels: 8 in the
-            first level, those of the latent in the level before the last, and twice as many in the last.
+        vae: of images, with transposed convolutions, group norms with an epsilon near 1 and an even number of channels
+            in a group, and enough channels: 8 in the first level, those of the latent in the level before the last,
+            and twice as many in the last.
         volumes: to learn the components from, each (1, X, Y, Z) in 0..1.
         whitening: 0 leaves the components their variances, 1 gives all of them the same.
 
