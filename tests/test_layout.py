@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "maisi_diffusers"
+# Modules of the package that import none of its folders, for all of them to use.
+BASE = {"files", "memory"}
 MAY_IMPORT = {
-    "models": set(),
-    "schedulers": set(),
-    "imaging": set(),
-    "anatomy": {"files", "imaging"},
-    "phantom": {"imaging", "anatomy"},
-    "loaders": {"models", "schedulers"},
-    "pipelines": {"files", "models", "schedulers", "imaging", "anatomy", "loaders"},
-    "training": {"files", "models", "schedulers", "imaging", "anatomy", "phantom", "loaders", "pipelines"},
+    "models": BASE,
+    "schedulers": BASE,
+    "imaging": BASE,
+    "anatomy": {*BASE, "imaging"},
+    "phantom": {*BASE, "imaging", "anatomy"},
+    "loaders": {*BASE, "models", "schedulers"},
+    "pipelines": {*BASE, "models", "schedulers", "imaging", "anatomy", "loaders"},
+    "training": {*BASE, "models", "schedulers", "imaging", "anatomy", "phantom", "loaders", "pipelines"},
 }
 # The command line may use them all, and what the package itself says, such as its version.
-MAY_IMPORT["cli"] = {"", "files", *MAY_IMPORT}
+MAY_IMPORT["cli"] = {"", *BASE, *MAY_IMPORT}
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
@@ -44,3 +46,9 @@ def test_imports_point_one_way(folder):
             if level == 2:
                 assert top in MAY_IMPORT[folder], f"{path} imports {top}"
             assert level <= 2, path
+
+
+@pytest.mark.parametrize("module", sorted(BASE))
+def test_base_imports_no_folder(module):
+    found = imports(PACKAGE / f"{module}.py")
+    assert all(level == 0 and name.split(".")[0] not in ("monai", "maisi_diffusers") for level, name in found)
