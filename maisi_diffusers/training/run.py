@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..files import write_atomically
+from ..memory import is_out_of_memory
 from .processes import runs_on_cpu
 
 EMA_FILE = "ema.safetensors"
@@ -148,7 +149,9 @@ def run_script(train: Callable[[argparse.Namespace], None], args: argparse.Names
     """Train, or say in one line on stderr why not and exit with code 1."""
     try:
         train(args)
-    except (OSError, ValueError, ImportError, FloatingPointError, torch.OutOfMemoryError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         message = str(error)
         if "\nOriginal Traceback" in message:  # from a worker of the data loader; its last line says what was wrong
             message = message.splitlines()[-1].partition(": ")[2]

@@ -154,6 +154,10 @@ def test_library_that_is_not_installed(train_controlnet, latents, tmp_path, monk
         (FloatingPointError("step 3"), "error: step 3"),
         (torch.OutOfMemoryError("out of\nmemory"), "error: out of memory"),
         (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "error: DefaultCPUAllocator: can't allocate memory",
+        ),
+        (
             ValueError(
                 "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback:\n  File\nValueError: a: b"
             ),
@@ -170,9 +174,10 @@ def test_ends_in_one_line(error, says):
     assert exit_.value.code == says
 
 
-def test_mistakes_of_the_program_are_not_hidden():
+@pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("shapes differ")])
+def test_mistakes_of_the_program_are_not_hidden(error):
     def fail(args):
-        raise KeyError("a")
+        raise error
 
-    with pytest.raises(KeyError):
+    with pytest.raises(type(error)):
         run_script(fail, SimpleNamespace())
