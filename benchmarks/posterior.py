@@ -135,7 +135,10 @@ def train_unet(
 ) -> tuple[MaisiUNet3DConditionModel, torch.Tensor]:
     """A small UNet, trained on crops of one latent; and the draw that was stored for it."""
     torch.manual_seed(seed)
+    channels = len(moments) // 2
     unet = MaisiUNet3DConditionModel(
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(64, 64),
         layers_per_block=1,
         attention_levels=(False, False),
@@ -148,8 +151,8 @@ def train_unet(
     for _ in range(steps):
         # One crop of them all, so that every kind sees the same crops, timesteps and noise.
         both = torch.stack([random_crop(torch.cat([moments, stored]), CROP) for _ in range(BATCH)])
-        fresh = torch.stack([draw_latent(crop[:-4], generator) for crop in both])
-        latents = {"sample": both[:, -4:], "mean": both[:, :4], "moments": fresh}[kind]
+        fresh = torch.stack([draw_latent(crop[:-channels], generator) for crop in both])
+        latents = {"sample": both[:, -channels:], "mean": both[:, :channels], "moments": fresh}[kind]
         loss = loss_of(unet, latents, torch.randn(latents.shape), torch.rand(BATCH))
         optimizer.zero_grad()
         loss.backward()
@@ -179,7 +182,7 @@ def main() -> None:
         vae = AutoencoderKLMaisi.from_pretrained(args.vae)
     moments = encode_volume(vae, volume)
     with torch.inference_mode():
-        decoded = vae.decode(moments[None, :4]).sample[0, 0]
+        decoded = vae.decode(draw_latent(moments)[None]).sample[0, 0]
     error = (decoded - torch.from_numpy(volume.get_fdata(dtype="float32"))).abs().mean() * 2000
     measured = noise_share(moments)
     print(f"VAE: error {error:.0f} HU in the mean, noise {measured:.2%} of the latents' variance\n")

@@ -56,6 +56,7 @@ def make_monai_step(batch: dict[str, torch.Tensor], checkpointing: bool, device:
         "resblock_updown": True,
         "include_fc": True,
         "num_class_embeds": 128,
+        "use_flash_attention": device.type == "cuda",  # as released; MONAI refuses it elsewhere
     }
     unet = DiffusionModelUNetMaisi(
         **shared,

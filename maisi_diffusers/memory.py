@@ -19,5 +19,6 @@ def usable_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says so; on the CPU torch has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether it says so; on the CPU and on MPS torch has no class of its own for it."""
+    said = any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+    return isinstance(error, torch.OutOfMemoryError) or said

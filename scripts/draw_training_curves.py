@@ -58,7 +58,10 @@ def main(input_args: list[str] | None = None) -> None:
     import matplotlib.pyplot as plt
 
     losses = {run.name: mean_losses(run, args.every) for run in args.runs}
-    with write_atomically(args.output.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as file:
+    with (
+        write_atomically(args.output.with_name(f"{args.output.name}.csv")) as temporary,
+        temporary.open("w", newline="") as file,
+    ):
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["run", "loss", "step", "mean"])
         for run, curves in losses.items():
@@ -72,7 +75,7 @@ def main(input_args: list[str] | None = None) -> None:
         axis.set(title=run, xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("training loss")
-    with write_atomically(args.output.with_suffix(".png")) as temporary:
+    with write_atomically(args.output.with_name(f"{args.output.name}.png")) as temporary:
         figure.savefig(temporary, dpi=100)
 
 

@@ -13,6 +13,7 @@ A small VAE learns slowly what principal components give at once.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from maisi_diffusers import AutoencoderKLMaisi
 from maisi_diffusers.files import write_atomically
-from maisi_diffusers.training.data_list import read_data_list
+from maisi_diffusers.training.data_list import read_data_list, split_fold
 from maisi_diffusers.training.linear_vae import make_linear
 from maisi_diffusers.training.patches import PatchDataset
 
@@ -32,7 +33,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_config_name_or_path", required=True, help="config of the VAE, a file or a folder")
     parser.add_argument("--data_list", type=Path, required=True)
     parser.add_argument("--fold", type=int, default=0, help="that is left out")
-    parser.add_argument("--num_cases", type=int, default=32, help="to learn from, evenly from the list")
+    parser.add_argument("--num_cases", type=int, default=32, help="to learn from at most, evenly from the list")
     parser.add_argument(
         "--whitening", type=float, default=0.5, help="0 leaves latents the variances of components, 1 makes them equal"
     )
@@ -46,8 +47,8 @@ def main(input_args: list[str] | None = None) -> None:
     args = parse_args(input_args)
     set_seed(args.seed)
     vae = AutoencoderKLMaisi.from_config(AutoencoderKLMaisi.load_config(args.vae_config_name_or_path))
-    cases = [case for case in read_data_list(args.data_list).cases if case.fold != args.fold]
-    dataset = PatchDataset(cases[:: max(len(cases) // args.num_cases, 1)], patch_size=None, augmentation="none")
+    cases, _ = split_fold(read_data_list(args.data_list).cases, args.fold)
+    dataset = PatchDataset(cases[:: math.ceil(len(cases) / args.num_cases)], patch_size=None, augmentation="none")
     items = (dataset[i]["image"] for i in tqdm(range(len(dataset)), desc="Components"))
     make_linear(vae, items, args.whitening)
     with write_atomically(args.output_dir) as folder:

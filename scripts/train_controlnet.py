@@ -225,14 +225,16 @@ def train(args: argparse.Namespace) -> None:
 def describe(args: argparse.Namespace, pipe: MaisiCTPipeline, num_cases: int) -> str:
     """What the model card says."""
     classes = ", ".join(f"{name} ({label})" for name, label in (pipe.controlnet.config.label_names or {}).items())
+    base, place = args.pretrained_model_name_or_path, args.output_dir
+    if args.push_to_hub:  # where folders of this machine mean nothing
+        base = Path(base).resolve().name if Path(base).exists() else base
+        place = args.hub_model_id or Path(place).resolve().name
     load = (
-        f'pipe.load_lora_weights("{args.output_dir}")'
-        if args.use_lora
-        else f'MaisiControlNetModel.from_pretrained("{args.output_dir}")'
+        f'pipe.load_lora_weights("{place}")' if args.use_lora else f'MaisiControlNetModel.from_pretrained("{place}")'
     )
     return (
-        f"A ControlNet of MAISI{' (LoRA adapter)' if args.use_lora else ''}, trained from "
-        f"{args.pretrained_model_name_or_path} on {num_cases} cases. New classes: {classes or 'none'}. Load it with "
+        f"A ControlNet of MAISI{' (LoRA adapter)' if args.use_lora else ''}, trained from {base} "
+        f"on {num_cases} cases. New classes: {classes or 'none'}. Load it with "
         f"`{load}`. The images it makes are synthetic: they are not for diagnosis."
     )
 

@@ -33,7 +33,7 @@ phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 
 # At the published weight of the divergence (1e-7, made for larger patches) half of a latent would be noise; and in the
 # mean of the errors the noise of the CTs would outweigh the bones.
 [ -f "$work/linear-vae/config.json" ] || python "$scripts/start_vae.py" --vae_config_name_or_path "$configs/vae.json" \
-    --data_list "$work/phantoms/dataset.json" --output_dir "$work/linear-vae"
+    --data_list "$work/phantoms/dataset.json" --num_cases 33 --output_dir "$work/linear-vae"
 train train_vae vae --vae_model_name_or_path "$work/linear-vae" --data_list "$work/phantoms/dataset.json" \
     --augmentation crop --cached_cases 460 --patch_size 64 64 32 --patches_per_case 4 --max_train_steps 800 \
     --learning_rate 2e-4 --adam_beta2 0.95 --perceptual_weight 0 --adversarial_weight 0 --kl_weight 1e-10 \

@@ -41,7 +41,7 @@ from maisi_diffusers.training.base_model import add_model_arguments, load_any_ba
 from maisi_diffusers.training.data_list import Case, read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
 from maisi_diffusers.training.latents import encodes_labels
-from maisi_diffusers.training.loop import Trainer
+from maisi_diffusers.training.loop import Trainer, settings_before
 from maisi_diffusers.training.objectives import DiffusionObjective
 from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimizer
 from maisi_diffusers.training.preflight import check_training_cases
@@ -116,13 +116,18 @@ def load_pipeline(args: argparse.Namespace) -> MaisiCTPipeline | MaisiMaskPipeli
     is_new_scheduler = args.noise_scheduler is not None or base is None
     if is_new_scheduler:
         scheduler = DDPMScheduler(**DDPM) if args.noise_scheduler == "ddpm" else MaisiRFlowScheduler()
+    settings = {}
+    if base is not None:
+        settings = {
+            name: value for name, value in base.config.items() if name[0] != "_" and name not in base.components
+        }
+    if is_new_scheduler:
+        for name in ("prediction_type", "num_inference_steps", "mask_prediction_type", "mask_num_inference_steps"):
+            settings.pop(name, None)
     if encodes_labels(vae):
-        steps = None if is_new_scheduler else base.config.mask_num_inference_steps
-        return MaisiMaskPipeline(vae, unet, scheduler, mask_num_inference_steps=steps)
-    new_steps = 1000 if args.noise_scheduler == "ddpm" else 30
-    steps = new_steps if is_new_scheduler else base.config.num_inference_steps
-    modality = "ct" if base is None else base.config.modality
-    return MaisiCTPipeline(vae, unet, scheduler, num_inference_steps=steps, modality=modality)
+        return MaisiMaskPipeline(vae, unet, scheduler, **settings)
+    settings.setdefault("num_inference_steps", 1000 if args.noise_scheduler == "ddpm" else 30)
+    return MaisiCTPipeline(vae, unet, scheduler, **settings)
 
 
 def parts_of(
@@ -172,10 +177,12 @@ def mask_grid(cases: list[Case], ratio: int) -> dict[str, list]:
 
 def first_scaling_factor(accelerator: Accelerator, dataloader: torch.utils.data.DataLoader) -> float:
     """1 over the standard deviation of the first batch of latents, as published; of all processes' together."""
-    latents = next(iter(dataloader))["latents"].double()
-    sums = torch.stack([latents.sum(), latents.square().sum(), torch.tensor(latents.numel()).to(latents)])
-    total, squares, count = accelerator.reduce(sums)
-    return ((squares - total.square() / count) / (count - 1)).rsqrt().item()
+    latents = next(iter(dataloader))["latents"]
+    mine = latents.cpu().double()  # a device may have no such precision
+    count = accelerator.reduce(torch.tensor(mine.numel(), device=latents.device)).item()
+    mean = accelerator.reduce(mine.sum().div(count).to(latents)).item()
+    variance = accelerator.reduce((mine - mean).square().sum().div(count - 1).to(latents)).item()
+    return variance**-0.5
 
 
 def train(args: argparse.Namespace) -> None:
@@ -226,7 +233,10 @@ def train(args: argparse.Namespace) -> None:
     if args.scaling_factor is not None:
         vae.register_to_config(scaling_factor=args.scaling_factor)
     elif args.unet_config_name_or_path is not None:
-        vae.register_to_config(scaling_factor=first_scaling_factor(accelerator, dataloader))
+        # With other processes the first batch is another: a run that goes on keeps what it began with.
+        earlier = settings_before(args).get("scaling_factor")
+        args.scaling_factor = first_scaling_factor(accelerator, dataloader) if earlier is None else earlier
+        vae.register_to_config(scaling_factor=args.scaling_factor)
     logger.info(f"scaling factor {vae.config.scaling_factor}")
 
     # 3. Steps

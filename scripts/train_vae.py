@@ -35,7 +35,14 @@ from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimize
 from maisi_diffusers.training.patches import AUGMENTATIONS
 from maisi_diffusers.training.perceptual import load_perceptual_loss
 from maisi_diffusers.training.randomness import case_generator
-from maisi_diffusers.training.run import make_accelerator, push_to_hub, run_script, save_trained, write_model_card
+from maisi_diffusers.training.run import (
+    is_sharded,
+    make_accelerator,
+    push_to_hub,
+    run_script,
+    save_trained,
+    write_model_card,
+)
 from maisi_diffusers.training.vae_losses import adversarial_loss, kl_loss
 from maisi_diffusers.training.vae_objectives import (
     RECONSTRUCTION_LOSSES,
@@ -150,6 +157,10 @@ def train(args: argparse.Namespace) -> None:
     train_cases, held_out = split_fold(data_list.cases, args.fold)
     patch_size = args.patch_size[0] if len(args.patch_size) == 1 else tuple(args.patch_size)
     accelerator = make_accelerator(args)
+    if is_sharded(accelerator):
+        raise ValueError(
+            "a VAE and its discriminator are trained whole, without FSDP or DeepSpeed: launch with ddp.yaml"
+        )
     if not held_out:
         logger.info("all cases are of one fold: all are for training, none for validation")
 

@@ -104,15 +104,13 @@ def augment(
 
 
 def zoom(labels: np.ndarray, factor: float) -> np.ndarray:
-    """A label map (X, Y, Z) enlarged about its middle, on the same grid; what comes in from outside is background."""
-    indices, inside = [], []
+    """A label map (X, Y, Z) enlarged about its middle, on the same grid; what comes in from outside is as the border
+    is, so that a body that goes on beyond the first and the last slice still does (as MONAI's RandZoom)."""
+    indices = []
     for n in labels.shape:
         index = np.rint((np.arange(n) - (n - 1) / 2) / factor + (n - 1) / 2).astype(int)
-        inside.append((index >= 0) & (index < n))
         indices.append(index.clip(0, n - 1))
-    zoomed = labels[np.ix_(*indices)]
-    zoomed[~(inside[0][:, None, None] & inside[1][:, None] & inside[2])] = 0
-    return zoomed
+    return labels[np.ix_(*indices)]
 
 
 def move_tumor(

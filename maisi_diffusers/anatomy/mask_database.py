@@ -33,7 +33,7 @@ from .json_list import read_json_list
 from .label_map import load_label_map
 from .mask_entry import MaskEntry, read_entry
 from .mask_files import read_file
-from .mask_index import whole_numbers, write_candidates
+from .mask_index import whole_numbers, write_candidates, write_entries
 from .regions import region_of_word, regions_from_labels
 from .vocabulary import BODY, LABELS, TUMORS, label_index, label_name, labels_present
 
@@ -99,7 +99,7 @@ class MaisiMaskDatabase:
     """
 
     def __init__(self, candidates: str | os.PathLike, masks: str | os.PathLike | Callable[[str], Path] | None = None):
-        candidates = Path(candidates)
+        candidates = Path(os.path.abspath(candidates))
         self.candidates = candidates / CANDIDATES if candidates.is_dir() else candidates
         self.entries = read_json_list(self.candidates, read_entry)
         if masks is None:
@@ -112,7 +112,9 @@ class MaisiMaskDatabase:
                     f"{str(self.candidates)!r} has neither a folder 'masks' nor a 'masks.zip' nor the label maps "
                     "beside it; download them, or give masks= with the folder or .zip of the label maps."
                 )
-        self._fetch = masks if callable(masks) else lambda pattern: Path(masks)
+        if not callable(masks):
+            folder_or_zip = Path(os.path.abspath(masks))
+        self._fetch = masks if callable(masks) else lambda pattern: folder_or_zip
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, num_processes: int = 1) -> Self:
@@ -171,6 +173,9 @@ class MaisiMaskDatabase:
             ValueError: for unknown names, and if there is no such label map: the message says which requirement none
                 meets, and what is nearest.
         """
+        for name, words in (("body_region", body_region), ("anatomy_list", anatomy_list)):
+            if isinstance(words, str):
+                raise ValueError(f"{name}={words!r} is not allowed: give a list of names")
         labels = {label_index(anatomy, vocabulary) for anatomy in anatomy_list or ()}
         regions = {region_of_word(word) for word in body_region or ()}
         sought = "no label map"
@@ -264,6 +269,8 @@ class MaisiMaskDatabase:
                 return [found[entry] for entry in chosen]
             lost.update(label_name(label, vocabulary) for one in spoiled for label in wanted - found[one].labels)
             lost.update("the region" for one in spoiled if wanted <= found[one].labels)
+            for one in spoiled:  # there may be thousands, and each is a volume
+                del found[one]
             entries = [entry for entry in entries if entry not in spoiled]
             if not entries:
                 raise ValueError(
@@ -360,7 +367,7 @@ class MaisiMaskDatabase:
                 shutil.copyfile(source / name, path)
         else:
             shutil.copyfile(source, folder / f"{MASKS}.zip")
-        shutil.copyfile(self.candidates, folder / CANDIDATES)
+        write_entries(folder / CANDIDATES, self.entries)
 
 
 def grid_distance(

@@ -62,10 +62,10 @@ def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> N
             else:
                 problems.append(described_or_problem)
             if time.monotonic() - last > SECONDS_BETWEEN_WRITES:
-                _write(candidates, entries.values())
+                write_entries(candidates, [entries[name] for name in names if name in entries])
                 last = time.monotonic()
     if entries:
-        _write(candidates, entries.values())
+        write_entries(candidates, [entries[name] for name in names if name in entries])
     if problems:
         raise ValueError(f"{len(problems)} of {len(names)} files are not usable; correct or move them: {problems}")
 
@@ -93,8 +93,8 @@ def whole_numbers(image: nib.Nifti1Image) -> nib.Nifti1Image:
     return nib.Nifti1Image(data.astype(np.int32), image.affine)
 
 
-def _write(candidates: Path, entries: Iterable[MaskEntry]) -> None:
-    in_order = sorted(entries, key=lambda entry: entry.pseudo_label_filename)
-    content = [{key: value for key, value in asdict(entry).items() if value is not None} for entry in in_order]
+def write_entries(candidates: Path, entries: Iterable[MaskEntry]) -> None:
+    """Write the list of a database, in the published layout."""
+    content = [{key: value for key, value in asdict(entry).items() if value is not None} for entry in entries]
     with write_atomically(candidates) as temporary:
         temporary.write_text("[" + ",\n ".join(json.dumps(item) for item in content) + "]\n")

@@ -22,7 +22,7 @@ def region_of_word(word: str) -> int:
     Raises:
         ValueError: for any other word.
     """
-    region = REGION_OF_WORD.get(word.lower())
+    region = REGION_OF_WORD.get(str(word).lower())
     if region is None:
         raise ValueError(f"body_region {word!r} is unknown; use one of {', '.join(REGION_OF_WORD)}.")
     return region

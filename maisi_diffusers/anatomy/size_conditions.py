@@ -44,7 +44,7 @@ def check_sizes(sizes: object) -> list[float]:
 
 
 def complete_anatomy_size(given: Iterable[tuple[str, float]], conditions: Iterable[Iterable[float]]) -> list[float]:
-    """The sizes of all controllable anatomy, from those of some (published rule).
+    """The sizes of all controllable anatomy, from those of some (published rule, but for tumors: see below).
 
     Args:
         given: pairs of name and size, 0..1 or -1 for absent.

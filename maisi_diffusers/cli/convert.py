@@ -15,15 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from diffusers import ModelMixin
 from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError
 
 from ..loaders import VERSIONS
 from ..pipelines import MaisiCTPipeline
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from .devices import DTYPES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

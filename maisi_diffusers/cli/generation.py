@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,8 @@ def generate_images(
             else:
                 if pipe is None:
                     stages.begin("load")
-                    pipe = load_pipeline(model, pick_dtype(dtype, device)).to(device)
+                    with tell_of_memory(device, "for this model: try --dtype bfloat16, or another --device"):
+                        pipe = load_pipeline(model, pick_dtype(dtype, device)).to(device)
                     pipe.set_progress_bar_config(disable=True)
                     TILINGS[tiling](pipe.vae)
                 start = time.monotonic()
@@ -104,20 +107,20 @@ def make_image(
         return {}
 
     stages.begin("denoise" if request.get("image_only") else "label map")
-    with collect_warnings() as messages:
-        try:
-            output = pipe(
-                **request,
-                generator=torch.Generator().manual_seed(seed),
-                callback_on_step_end=tell,
-            )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError(
-                f"there is not enough memory on {pipe.device} for this size: try a smaller --output-size"
-            ) from error
+    with collect_warnings() as messages, tell_of_memory(pipe.device, "for this size: try a smaller --output-size"):
+        output = pipe(**request, generator=torch.Generator().manual_seed(seed), callback_on_step_end=tell)
     return output, messages
+
+
+@contextmanager
+def tell_of_memory(device: torch.device, remedy: str) -> Iterator[None]:
+    """Have a line say what to do where a device has too little memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"there is not enough memory on {device} {remedy}") from error
 
 
 def write_image(

@@ -50,7 +50,7 @@ class Outputs:
 
     def is_made_from(self, model: dict, request: dict) -> bool:
         """
-        Whether the image is there, made from what is asked for.
+        Whether the image is there with all its files, made from what is asked for.
 
         Raises:
             ValueError: if it is there, but made from something else, or its record is none.
@@ -60,6 +60,7 @@ class Outputs:
         try:
             record = json.loads(self.record.read_text())
             made_from = {"model": record["model"], "seed": record["seed"], **record["request"]}
+            files = [self.folder / name for name in record["files"].values() if name is not None]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.record} is no record of an image: --force, or choose another --name") from error
         asked = json.loads(json.dumps({"model": model, "seed": self.seed, **request}))  # JSON knows no tuples
@@ -69,7 +70,7 @@ class Outputs:
                     f"{self.record} was made with {key}={made_from.get(key)!r}, not {asked.get(key)!r}: --force it, "
                     "or choose another --name or --output"
                 )
-        return True
+        return all(file.exists() for file in files)
 
 
 def name_outputs(folder: Path, name: str | None, model_name: str, seed: int, num: int) -> list[Outputs]:

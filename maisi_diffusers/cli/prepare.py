@@ -19,15 +19,12 @@ was interrupted. `scripts/prepare_dataset.py` is the same command: under `torchr
 
 import argparse
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
 
 from ..training.make_dataset import check, prepare
-
-# One process may be done long before another; the default of half an hour would end both.
-TIMEOUT = timedelta(days=7)
+from ..training.processes import TIMEOUT
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from ..anatomy import label_name, labels_present
-from ..imaging import load_volume, spacing_of, to_ras
+from ..imaging import is_ct, load_volume, modality_code, spacing_of, to_ras
 from ..pipelines import MaisiCTPipeline, MaisiCTPipelineOutput
 from ..pipelines.input_rules import fit_grid
 from .models import Model
@@ -82,7 +82,8 @@ def arguments_used(pipe: MaisiCTPipeline, request: dict, image: nib.Nifti1Image)
     for name in ("modality", "num_inference_steps", "guidance_scale"):
         if given[name] is None:
             given[name] = getattr(pipe.config, name)
-    given["body_image"] = given["body_image"] or given["image"]
+    if is_ct(modality_code(given["modality"])):
+        given["body_image"] = given["body_image"] or given["image"]
     size, spacing = image.shape, spacing_of(image)
     if given["restore_grid"] or given["image"]:  # the image is on the grid of the mask, and was made on another one
         mask = to_ras(load_volume(given["mask"]))

@@ -99,7 +99,7 @@ def save_preview(
     row_height = scale * max(heights) + GAP
     rows = 1 if overlay is None else 2
     figure_height = HEADER + rows * row_height
-    columns = -(-len(entries) // int((rows * row_height - GAP) / LEGEND_LINE))
+    columns = -(-len(entries) // max(int((rows * row_height - GAP) / LEGEND_LINE), 1))
     legend_width = LEGEND_WIDTH * columns
     figure = Figure(figsize=(planes_width + legend_width, figure_height), facecolor="black", dpi=DPI)
     FigureCanvasAgg(figure)

@@ -128,6 +128,7 @@ UNET_DEFAULTS = {
     "resnet_updown": False,
     "use_spacing": False,
     "use_region_index": False,
+    "attention_head_dim": 8,
 }
 # MONAI's MAISI networks leave the attention output layer out, its plain UNet has it.
 OUT_PROJ_DEFAULT = {"unet": False, "controlnet": False, "mask_unet": True}
@@ -140,6 +141,9 @@ SECTIONS = {
     "mask_unet": "mask_generation_diffusion_def",
     "mask_scheduler": "mask_generation_noise_scheduler",
 }
+
+# A field that only the mask UNet of mask_generation_diffusion_unet_v2.pt has, which is a network of another kind.
+LATER_MASK_UNET = "adagn_condition_dim"
 
 
 def read_architecture(folder: Path, kind: str) -> dict[str, dict | list[int]]:
@@ -165,11 +169,16 @@ def read_architecture(folder: Path, kind: str) -> dict[str, dict | list[int]]:
         raise ValueError(f"{path} is not JSON ({error}): download it again, in a clone by `git lfs pull`") from error
     if not isinstance(published, dict):
         raise ValueError(f"{path} holds a {type(published).__name__}, not an object of networks: download it again")
+    for section in SECTIONS.values():
+        if section in published and not isinstance(published[section], dict):
+            raise ValueError(f"{path}: {section} is no object of fields: download the file again")
+    if LATER_MASK_UNET in published.get(SECTIONS["mask_unet"], {}):
+        # Of another file than the one that is read, whose networks are as they were released.
+        del published[SECTIONS["mask_unet"]]
+        published.pop(SECTIONS["mask_scheduler"], None)
     for name, section in SECTIONS.items():
         if section not in published:
             continue
-        if not isinstance(published[section], dict):
-            raise ValueError(f"{path}: {section} is no object of fields: download the file again")
         fields = _resolve_references(published[section], published, path)
         if name.endswith("scheduler"):
             architecture[name] = _scheduler_config(fields, kind if name == "scheduler" else "ddpm", path)
@@ -229,7 +238,7 @@ def _unet_config(fields: dict, name: str, path: Path) -> dict:
         **(
             UNET_DEFAULTS
             if name != "controlnet"
-            else {key: UNET_DEFAULTS[key] for key in ("num_class_embeds", "resnet_updown")}
+            else {key: UNET_DEFAULTS[key] for key in ("num_class_embeds", "resnet_updown", "attention_head_dim")}
         ),
         "attention_out_proj": OUT_PROJ_DEFAULT[name],
         **_translate(fields, UNET_FIELDS, path),
@@ -238,7 +247,8 @@ def _unet_config(fields: dict, name: str, path: Path) -> dict:
 
 def _scheduler_config(fields: dict, kind: str, path: Path) -> dict:
     if kind == "rflow":
-        return {"use_timestep_transform": False, "monai_rounding": True, **_translate(fields, RFLOW_FIELDS, path)}
+        defaults = {"use_timestep_transform": False, "use_discrete_timesteps": True}
+        return {**defaults, "monai_rounding": True, **_translate(fields, RFLOW_FIELDS, path)}
     config = {"clip_sample": True, **_translate(fields, DDPM_FIELDS, path)}
     config["beta_schedule"] = config.get("beta_schedule", "linear_beta").removesuffix("_beta")
     return config

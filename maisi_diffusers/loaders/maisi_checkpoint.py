@@ -146,6 +146,11 @@ def load_maisi_checkpoint(
                 "that `version` is the one of this checkpoint"
             )
     architecture = read_architecture(folders["unet"], spec.kind)
+    if paths.get("mask_vae") is not None and paths["mask_unet"] is None:
+        logger.warning(
+            f"{folders['unet']} has no {MASK_FILES['mask_unet'][0]}, so that the pipeline makes no label maps; the "
+            "network of mask_generation_diffusion_unet_v2.pt is of another kind, which is not supported"
+        )
 
     components = {}
     unet = _read_unet(architecture["unet"], paths["unet"], strict, torch_dtype)

@@ -153,7 +153,8 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
                     "vae.enable_auto_tiling(), or offload whole models (pipe.enable_model_cpu_offload())"
                 )
             return self.tiling
-        is_compiled = torch.compiler.is_compiling() or network._compiled_call_impl is not None
+        is_compiled = network._compiled_call_impl is not None or hasattr(network, "_orig_mod")
+        is_compiled |= torch.compiler.is_compiling()
         if torch.is_grad_enabled() or is_compiled:
             return None
         return choose_tiling(network, x)

@@ -72,6 +72,7 @@ class Shares:
         for rank in range(self.number) if self.number > 1 else []:
             planes = self.planes(volume.shape[2], rank)
             part = volume[:, :, planes].contiguous()
-            dist.broadcast(part, dist.get_global_rank(self.group, rank), self.group)
+            # As bytes: of integers the backends do not know all.
+            dist.broadcast(part.view(torch.uint8), dist.get_global_rank(self.group, rank), self.group)
             volume[:, :, planes] = part
         return volume

@@ -6,11 +6,24 @@ from typing import Self
 
 import numpy as np
 
-from ..anatomy import LABELS
-
 PHASES = ("none", "arterial", "venous")
 SEXES = ("female", "male")
 ARMS = ("up", "down")
+SIZED = (
+    "aorta",
+    "bladder",
+    "colon",
+    "gallbladder",
+    "heart",
+    "left kidney",
+    "liver",
+    "pancreas",
+    "prostate",
+    "right kidney",
+    "spleen",
+    "stomach",
+)
+"""Organs whose size can be given."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,10 @@ class Subject:
         breath: mm that the diaphragm is higher than usual.
         arms: `"up"` or `"down"`.
         phase: contrast: `"none"`, `"arterial"` or `"venous"`.
-        sizes: factor on the volume of organs, by name (bladder, colon, gallbladder, heart, left kidney, liver,
-            pancreas, prostate, right kidney, spleen, stomach); drawn where not given.
+        sizes: factor on the volume of organs, by a name in [`SIZED`]; drawn where not given.
 
     Raises:
-        ValueError: for an unknown sex, phase or position of the arms.
+        ValueError: for an unknown sex, phase or position of the arms; for a size of what has none, or none above 0.
     """
 
     seed: int
@@ -52,9 +64,9 @@ class Subject:
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is unknown: use {', '.join(allowed[:-1])} or {allowed[-1]}")
         for name, factor in self.sizes.items():
-            if name not in LABELS or not 0 < factor < np.inf:
+            if name not in SIZED or not 0 < factor < np.inf:
                 raise ValueError(
-                    f"sizes={{{name!r}: {factor}}} is not allowed: give a label's name and a factor above 0"
+                    f"sizes={{{name!r}: {factor}}} is not allowed: give a factor above 0 for any of {', '.join(SIZED)}"
                 )
 
     @classmethod

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Self
 
+import torch
 from diffusers import DiffusionPipeline
 
 from ..anatomy import MaisiMaskDatabase, check_sizes, read_size_conditions
@@ -138,8 +139,14 @@ class AnatomyFilesMixin:
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
-        """As [`DiffusionPipeline.from_pipe`]."""
+        """As [`DiffusionPipeline.from_pipe`], but the networks keep the dtypes they have where none is given; the
+        two pipelines share them."""
+        networks = [network for network in pipeline.components.values() if isinstance(network, torch.nn.Module)]
+        dtypes = {weight: weight.dtype for network in networks for weight in network.parameters()}
         pipe = super().from_pipe(pipeline, **kwargs)
+        if not kwargs.keys() & {"dtype", "torch_dtype"}:
+            for weight, dtype in dtypes.items():
+                weight.data = weight.data.to(dtype)  # from float32, which loses nothing
         if isinstance(pipeline, AnatomyFilesMixin):
             pipe._anatomy_files = copy.copy(pipeline.anatomy_files)
         return pipe

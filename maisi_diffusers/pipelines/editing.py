@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from scipy import ndimage
 
-from ..anatomy import label_name, load_label_map
-from ..imaging import background_value, ct_to_nifti, from_hu, load_volume, resample_like
+from ..anatomy import load_label_map
+from ..imaging import background_value, ct_to_nifti, from_hu, load_volume, resample_like, spacing_of
 from ..models import AutoencoderKLMaisi
 from ..schedulers.flow_solvers import integrates_flow
 
@@ -50,13 +50,13 @@ class Edit:
         own = self.latents if timestep is None else noised(timestep)
         return torch.where(self.latent_weights > 0, latents, own)
 
-    def compose(self, made: nib.Nifti1Image, reconstruction: nib.Nifti1Image) -> nib.Nifti1Image:
+    def compose(self, made: nib.Nifti1Image, reconstruction: np.ndarray | None) -> nib.Nifti1Image:
         """
         The CT with what was made in it.
 
         Args:
             made: image in HU on the model's grid.
-            reconstruction: the CT itself, encoded and decoded, on that grid.
+            reconstruction (X, Y, Z): the CT itself, encoded and decoded, on that grid; where labels are repainted.
 
         Returns:
             the CT on its own grid. Where labels are repainted, the difference of the two is added to it, so that what
@@ -66,7 +66,7 @@ class Edit:
             return ct_to_nifti(
                 np.asarray(resample_like(made, self.image, order=1, fill=self.background).dataobj), self.image.affine
             )
-        change = np.asarray(made.dataobj, dtype=np.float32) - np.asarray(reconstruction.dataobj, dtype=np.float32)
+        change = np.asarray(made.dataobj, dtype=np.float32) - reconstruction
         change = resample_like(nib.Nifti1Image(change, made.affine), self.image, order=1, fill=0)
         hu = np.asarray(self.image.dataobj)
         hu = np.where(self.weights > 0, hu + np.asarray(change.dataobj) * self.weights, hu)
@@ -78,10 +78,11 @@ def prepare_edit(
     mask: str | os.PathLike | nib.Nifti1Image,
     mask_vocabulary: str,
     label_map: nib.Nifti1Image,
-    repaint_labels: Iterable[int] | None,
+    repaint_labels: Mapping[int, str] | None,
     feather: float,
     vae: AutoencoderKLMaisi,
     modality: int,
+    device: torch.device,
 ) -> Edit:
     """
     Read and encode a CT.
@@ -91,14 +92,15 @@ def prepare_edit(
         mask: its label map, as it is to be afterwards.
         mask_vocabulary: whose labels it has.
         label_map: the same on the model's grid, in RAS+.
-        repaint_labels: labels to paint anew; all of the CT if not given.
+        repaint_labels: labels to paint anew, and their names; all of the CT if not given.
         feather: mm around them.
         vae: encodes the CT.
         modality: its code decides on the intensity range.
+        device: where the networks run.
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: image and mask on different grids; no voxel of the labels.
+        ValueError: image and mask on different grids; no voxel of the labels, in the mask or on the model's grid.
     """
     image, labels = load_volume(image), load_label_map(mask, mask_vocabulary)
     if image.shape != labels.shape or not np.allclose(image.affine, labels.affine, atol=1e-3):
@@ -108,25 +110,32 @@ def prepare_edit(
         )
     weights = latent_weights = None
     if repaint_labels is not None:
+        names = ", ".join(repaint_labels.values())
         weights = paint_weights(labels, repaint_labels, feather)
-        on_grid = paint_weights(label_map, repaint_labels, feather) > 0
-        ratio = vae.spatial_compression_ratio
-        blocks = torch.from_numpy(on_grid.astype(np.float32))[None, None].to(vae.device)
-        latent_weights = torch.nn.functional.max_pool3d(blocks, ratio)
+        if weights is None:
+            raise ValueError(f"repaint_labels: the mask has no {names}; draw it in the mask first, or leave it out")
+        on_grid = paint_weights(label_map, repaint_labels, feather)
+        if on_grid is None:
+            raise ValueError(
+                f"repaint_labels: {names} has no voxel left on the model's grid of {spacing_of(label_map)} mm; give a "
+                "finer spacing, or draw it larger"
+            )
+        blocks = torch.from_numpy((on_grid > 0).astype(np.float32))[None, None].to(device)
+        latent_weights = torch.nn.functional.max_pool3d(blocks, vae.spatial_compression_ratio)
     background = background_value(modality)
     hu = np.asarray(resample_like(image, label_map, order=1, fill=background).dataobj, dtype=np.float32)
-    intensities = from_hu(torch.from_numpy(hu)[None, None], modality).to(vae.device, vae.dtype)
+    intensities = from_hu(torch.from_numpy(hu)[None, None], modality).to(device, vae.dtype)
     latents = vae.encode(intensities).latent_dist.mode().float() * vae.config.scaling_factor
     return Edit(image, background, weights, latents, latent_weights)
 
 
-def paint_weights(labels: nib.Nifti1Image, repaint_labels: Iterable[int], feather: float) -> np.ndarray:
-    """1 in some labels of a label map, falling to 0 at `feather` mm from them, float32 (X, Y, Z)."""
+def paint_weights(labels: nib.Nifti1Image, repaint_labels: Iterable[int], feather: float) -> np.ndarray | None:
+    """1 in some labels of a label map, falling to 0 at `feather` mm from them, float32 (X, Y, Z); `None` where the
+    label map has none of them."""
     array = np.asarray(labels.dataobj)
     inside = np.isin(array, list(repaint_labels))
     if not inside.any():
-        names = ", ".join(map(label_name, repaint_labels))
-        raise ValueError(f"repaint_labels: the mask has no {names}; draw it in the mask first, or leave it out")
+        return None
     spacing = nib.affines.voxel_sizes(labels.affine)
     reach = [int(np.ceil(feather / mm)) + 1 for mm in spacing]
     (box,) = ndimage.find_objects(inside.astype(np.uint8))

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import logging
 from torch import distributed as dist
 
 from ..anatomy import (
@@ -69,8 +68,6 @@ from .recommended_grids import (
     recommended_grid,
     recommended_mr_fovs,
 )
-
-logger = logging.get_logger(__name__)
 
 DEFAULT_SIZE = (512, 512, 512)
 DEFAULT_SPACING = (1.0, 1.0, 1.0)
@@ -285,10 +282,10 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         """
         if self.controlnet is None:
             raise ValueError("this model has no ControlNet that an adapter could be added to: load one with it")
+        config = MaisiControlNetModel.load_config(source, **hub_kwargs)
         self.controlnet.load_lora_adapter(
             str(source), prefix=None, adapter_name=adapter_name, use_safetensors=True, **hub_kwargs
         )
-        config = MaisiControlNetModel.load_config(source, **hub_kwargs)
         self.controlnet.add_classes(config["label_names"], config["tumor_organs"])
 
     @property
@@ -377,7 +374,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 "give e.g. body_region=['chest']"
             )
         num_class_embeds = self.unet.config.num_class_embeds
-        if num_class_embeds is None and is_ct(modality) != is_ct(modality_code(self.config.modality)):
+        if num_class_embeds is None and modality != modality_code(self.config.modality):
             raise ValueError(
                 f"this model was trained for {self.config.modality!r} alone and cannot make modality code {modality}: "
                 "leave modality out"
@@ -389,6 +386,11 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         if not isinstance(controlnet_conditioning_scale, Real) or not math.isfinite(controlnet_conditioning_scale):
             raise ValueError(
                 f"controlnet_conditioning_scale={controlnet_conditioning_scale} is not allowed: give a number"
+            )
+        if image_only and controlnet_conditioning_scale != 1:
+            raise ValueError(
+                "controlnet_conditioning_scale is how much a label map steers the image, and image_only=True has "
+                "none: leave one out"
             )
 
     def choose_grid(
@@ -679,9 +681,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         timesteps = set_timesteps(self.scheduler, num_inference_steps, latents.device, latents[0, 0].numel())
         begin, constrain = 0, None
         if edit is not None:
-            noise, begin = latents, first_step(strength, len(timesteps))
-            if begin == len(timesteps):
-                return edit.latents.expand_as(noise)
+            # Heun's solver has two timesteps a step, but one for the first.
+            noise, begin = latents, first_step(strength, num_inference_steps) * self.scheduler.order
             noised = partial(add_noise, self.scheduler, edit.latents, noise)
             latents = noise if begin == 0 else noised(timesteps[begin])
             constrain = partial(edit.keep_the_rest, noised)
@@ -697,7 +698,10 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 ],
                 self.group,
             )
-            return outputs[0] if len(outputs) == 1 else outputs[1] + guidance_scale * (outputs[0] - outputs[1])
+            if len(outputs) == 1:
+                return outputs[0]
+            conditional, unconditional = (output.float() for output in outputs)
+            return unconditional + guidance_scale * (conditional - unconditional)
 
         return denoise(
             self,
@@ -723,9 +727,18 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
 
         Returns:
             float32 (1, 1, 4X, 4Y, 4Z).
+
+        Raises:
+            ValueError: for what is not finite, which half precision can make of large numbers.
         """
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         image = to_hu(self.vae.decode(latents, return_dict=False)[0].float(), modality)
+        if not image.isfinite().all():
+            dtypes = " and ".join(sorted({str(network.dtype) for network in (self.unet, self.vae)}))
+            raise ValueError(
+                f"the image has voxels that are no finite numbers, computed in {dtypes}: load the model in bfloat16 "
+                "or float32"
+            )
         if labels is not None:
             image[0, 0][torch.from_numpy(labels == 0).to(image.device)] = background_value(modality)
         return image
@@ -836,7 +849,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             guidance_scale = self.config.guidance_scale
         modality = modality_code(self.config.modality if modality is None else modality)
         self._interrupt = False
-        if image is not None and body_image is None:
+        if image is not None and body_image is None and is_ct(modality):  # the outline in MR cannot be told so
             body_image = image
 
         # 1. Check inputs; a label map on the wanted grid is one of them
@@ -905,30 +918,42 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         label_maps, regions, label_map_reports = of_first([label_maps, regions, label_map_reports], self.group)
 
         self.warn_of_unusual_fov(label_maps, body_region, modality, output_size, spacing)
-        edit = None
+        device = self._execution_device
+        edit = repainted = None
+        if repaint_labels is not None:
+            repainted = [label_index(one, self.vocabulary) for one in repaint_labels]
         if image is not None:
-            repainted = (
-                None if repaint_labels is None else [label_index(one, self.vocabulary) for one in repaint_labels]
+            names = {label: label_name(label, self.vocabulary) for label in repainted or ()}
+            edit = prepare_edit(
+                image, mask, mask_vocabulary, label_maps[0], names or None, feather, self.vae, modality, device
             )
-            edit = prepare_edit(image, mask, mask_vocabulary, label_maps[0], repainted, feather, self.vae, modality)
 
         # 3. Prepare conditions
-        device = self._execution_device
         conditions = self.prepare_conditions(num_images, spacing, modality, body_region, label_maps, device, regions)
+        uncond_conditions = dict(conditions)
+        if "class_labels" in conditions:
+            uncond_conditions["class_labels"] = torch.zeros_like(conditions["class_labels"])
         arrays = embedding = uncond_embedding = None
+        has_baseline = "class_labels" in conditions  # for the guidance, other than what it guides
         if label_maps is not None:
             arrays = [np.asarray(labels.dataobj) for labels in label_maps]
             embedding = self.embed_label_maps(arrays, num_images, device)
             if guidance_scale > 0:
                 without_tumors = [remove_tumors(array, spacing, self.tumors) for array in arrays]
+                has_baseline |= not all(map(np.array_equal, arrays, without_tumors))
                 uncond_embedding = self.embed_label_maps(without_tumors, num_images, device)
-        uncond_conditions = dict(conditions)
-        if "class_labels" in conditions:
-            uncond_conditions["class_labels"] = torch.zeros_like(conditions["class_labels"])
+                del without_tumors
+        if guidance_scale > 0 and not has_baseline:
+            warnings.warn(
+                f"guidance_scale={guidance_scale} does nothing here: this model is not told the modality, and there "
+                "is no tumor to be without",
+                stacklevel=3,
+            )
+            guidance_scale = 0
 
         # 4. Make the images, and with fresh noise those again that fail the quality check
         images, qualities, attempts = [None] * num_images, [None] * num_images, [0] * num_images
-        wanted = list(range(num_images))
+        wanted = [] if image is not None and strength == 0 else list(range(num_images))
         while wanted:
             rows = slice(None) if len(wanted) == num_images else wanted
             generators = [generator[i] for i in wanted] if isinstance(generator, list) else generator
@@ -949,18 +974,27 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             )
             for i, latent in zip(wanted, made.split(1)):
                 attempts[i] += 1
+                if output_type == "latent":
+                    images[i] = latent
+                    continue
                 labels = None if arrays is None else arrays[i % len(arrays)]
-                images[i] = latent if output_type == "latent" else self.decode(latent, modality, labels)
-                if labels is not None and output_type != "latent":
-                    qualities[i] = self.check_quality(images[i][0, 0].cpu().numpy(), labels, modality)
-            is_given = latents is not None or (edit is not None and strength == 0)  # no noise that could be another
-            is_final = attempts[wanted[0]] > quality_retries or is_given or self.interrupt
+                images[i] = self.decode(latent, modality, labels)
+                hu = images[i][0, 0].cpu().numpy()
+                if output_type != "pt":
+                    images[i] = hu  # not on the device, where the next one needs the memory
+                if labels is not None:
+                    # Of a CT that is repainted in part, only what is new can be at fault.
+                    checked = labels if repainted is None else np.where(np.isin(labels, repainted), labels, 0)
+                    qualities[i] = self.check_quality(hu, checked, modality)
+            is_final = attempts[wanted[0]] > quality_retries or latents is not None or self.interrupt
             failed = [i for i in wanted if qualities[i] is not None and not qualities[i]["passed"]]
             if is_final:
                 for i in failed:
                     warnings.warn(f"image {i}: {describe_outliers(qualities[i], attempts[i])}", stacklevel=3)
             wanted = [] if is_final else failed
-        images = torch.cat(images)
+        reconstruction = None
+        if repainted is not None and strength > 0:
+            reconstruction = self.decode(edit.latents, modality, arrays[0])[0, 0].cpu().numpy()
         self.maybe_free_model_hooks()
 
         # 5. Output
@@ -973,15 +1007,14 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         labels = None if label_maps is None else [label_maps[i % len(label_maps)] for i in range(num_images)]
         if output_type == "nifti":
             affine = spacing_affine(spacing) if labels is None else labels[0].affine
-            images = [ct_to_nifti(made, affine) for made in images[:, 0].cpu().numpy()]
+            if edit is not None and strength == 0:
+                images = [np.asarray(edit.image.dataobj)] * num_images
+                affine = edit.image.affine
+            images = [ct_to_nifti(made, affine) for made in images]
             if edit is not None:
-                own_grid = edit.image
-                labels = [resample_like(label_map, own_grid, order=0, fill=0) for label_map in labels]
-                if strength == 0:
-                    images = [ct_to_nifti(np.asarray(own_grid.dataobj), own_grid.affine)] * num_images
-                else:
-                    (own,) = self.decode(edit.latents, modality, arrays[0])[0].cpu().numpy()
-                    images = [edit.compose(made, nib.Nifti1Image(own, affine)) for made in images]
+                labels = [resample_like(label_map, edit.image, order=0, fill=0) for label_map in labels]
+                if strength > 0:
+                    images = [edit.compose(made, reconstruction) for made in images]
             elif restore_grid:
                 own_grid = load_volume(mask)
                 air = background_value(modality)
@@ -997,8 +1030,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             if labels is not None:
                 labels = np.stack([np.asarray(label_map.dataobj) for label_map in labels])
                 labels = labels if output_type == "np" else torch.from_numpy(labels)[:, None].to(device)
-            if output_type == "np":
-                images = images[:, 0].cpu().numpy()
+            images = np.stack(images) if output_type == "np" else torch.cat(images)
 
         reports = [
             {"label_map": label_map, "quality": quality, "attempts": number}

@@ -150,7 +150,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
             uint8 (N, 1, 4X, 4Y, 4Z) in MAISI's vocabulary.
         """
         table = torch.tensor(MASK_VAE_LABELS, dtype=torch.uint8, device=latents.device)
-        latents = latents.to(self.mask_vae.dtype) / self.mask_vae.config.scaling_factor
+        latents = (latents / self.mask_vae.config.scaling_factor).to(self.mask_vae.dtype)
         return table[self.mask_vae.decode_classes(latents).long()]
 
     def finish(self, mask: np.ndarray, sizes: list[float], is_cleaned: bool) -> tuple[np.ndarray, dict]:
@@ -274,6 +274,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
             masks = np.stack(masks)
             masks = masks if output_type == "np" else torch.from_numpy(masks)[:, None].to(device)
 
+        reports = None if reports is None else list(reports)
         if not return_dict:
-            return (masks,)
-        return MaisiMaskPipelineOutput(masks=masks, reports=None if reports is None else list(reports))
+            return (masks, reports)
+        return MaisiMaskPipelineOutput(masks=masks, reports=reports)

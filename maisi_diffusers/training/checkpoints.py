@@ -42,12 +42,24 @@ def find_checkpoint(output_dir: str | os.PathLike, name: str) -> Path | None:
     if name == "latest":
         return checkpoints[-1] if checkpoints else None
     for checkpoint in checkpoints:
-        if checkpoint.name == Path(name).name:
+        if Path(name) == Path(checkpoint.name) or Path(name).resolve() == checkpoint.resolve():
             return checkpoint
     existing = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
     raise FileNotFoundError(
         f"{str(output_dir)!r} has no checkpoint {name!r}: it has {existing}; give one of them, or 'latest'"
     )
+
+
+def set_aside_later(output_dir: str | os.PathLike, checkpoint: Path) -> None:
+    """
+    Rename the checkpoints after the one that a run goes on from to `abandoned-<step>`: they are of another run now,
+    which "latest" is not to find. Those of an abandoned run before are removed.
+    """
+    for later in list_checkpoints(output_dir):
+        if checkpoint_step(later) > checkpoint_step(checkpoint):
+            aside = later.with_name(f"abandoned-{checkpoint_step(later)}")
+            remove(aside)
+            os.replace(later, aside)
 
 
 def save_checkpoint(

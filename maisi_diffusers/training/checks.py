@@ -22,7 +22,7 @@ from ..anatomy import (
 from ..anatomy.size_conditions import ABSENT
 from ..imaging import spacing_of, to_ras
 from ..imaging.nifti import UNREADABLE
-from .data_list import Case, DataList, check_new_labels, read_case, read_data_list
+from .data_list import Case, DataList, read_case, read_data_list, read_head
 
 SIZE_TOLERANCE = 0.01
 """Voxel sizes may differ by this share of a voxel, and axes point this many voxels apart."""
@@ -31,8 +31,8 @@ CENTRE_TOLERANCE = 0.5
 """Centres of a field of view may be this many voxels apart."""
 
 
-def check_cases(data_list: DataList, in_full: bool = False, ratio: int = 4, latent_channels: int = 4) -> list[str]:
-    """What is wrong with the cases of a data list; the arguments are those of [`check_case`].
+def check_cases(data_list: DataList, in_full: bool = False) -> list[str]:
+    """What is wrong with the cases of a data list, see [`check_case`].
 
     In full, an image that is listed twice is a problem as well.
 
@@ -42,8 +42,9 @@ def check_cases(data_list: DataList, in_full: bool = False, ratio: int = 4, late
     vocabulary = new_vocabulary(data_list.label_names)
     cases = dict(enumerate(data_list.cases))
     problems = repeated_images(cases) if in_full else []
+    ratio, channels = data_list.spatial_compression_ratio, data_list.latent_channels
     for number, case in cases.items():
-        problems += [(number, problem) for problem in check_case(case, vocabulary, in_full, ratio, latent_channels)]
+        problems += [(number, problem) for problem in check_case(case, vocabulary, in_full, ratio, channels)]
     return problem_lines(problems)
 
 
@@ -111,11 +112,11 @@ def problem_lines(problems: list[tuple[int, str]]) -> list[str]:
     return [f"entry {number}: {problem}" for number, problem in sorted(problems, key=itemgetter(0))]
 
 
-def read_entries(path: str | os.PathLike) -> tuple[dict[int, Case], dict[str, int], list[tuple[int, str]]]:
+def read_entries(path: str | os.PathLike) -> tuple[dict[int, Case], DataList, list[tuple[int, str]]]:
     """Read a data list that [`read_data_list`] may refuse for some of its entries.
 
     Returns:
-        The cases that can be read by the number of their entry, the new classes, name -> index, and what is wrong with
+        The cases that can be read by the number of their entry, what the list says beside them, and what is wrong with
         the other entries, (number of the entry, problem).
 
     Raises:
@@ -134,11 +135,7 @@ def read_entries(path: str | os.PathLike) -> tuple[dict[int, Case], dict[str, in
             cases[number] = read_case(entry, path.parent)
         except ValueError as error:
             problems.append((number, f"{error}"))
-    if not problems:
-        return cases, read_data_list(path).label_names, []
-    label_names = content.get("label_names", {})
-    check_new_labels(label_names, content.get("tumor_organs", {}))
-    return cases, label_names, problems
+    return cases, read_head(content) if problems else read_data_list(path), problems
 
 
 def _read_grid(path: Path, kind: str, channels: tuple[int, ...]) -> nib.Nifti1Image:

@@ -11,15 +11,16 @@
 `image` is a CT, or once that is encoded its latent, or that of its label map. Paths are relative to the list's folder.
 `organ_size` has the sizes of `CONTROLLABLE_ANATOMY`, 0 to 1 or -1 for absent, that the mask UNet is trained with; the
 published list of such sizes calls it so. `label_names` and `tumor_organs` are ours: new classes on free indices of
-MAISI's vocabulary, and for those that are tumors the organs they sit in. Readers of the published layout pass over
-them.
+MAISI's vocabulary, and for those that are tumors the organs they sit in. So are `latent_channels` and
+`spatial_compression_ratio`, which a list of latents has if its VAE is not like the published ones. Readers of the
+published layout pass over them.
 """
 
 import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -62,11 +63,15 @@ class DataList:
         cases: the entries in the order of the file.
         label_names: name -> index of every new class.
         tumor_organs: name of a new class that is a tumor -> names of the organs it sits in.
+        latent_channels: of the VAE that the images are latents of.
+        spatial_compression_ratio: voxels of a volume to a voxel of its latent, along each axis.
     """
 
     cases: list[Case]
     label_names: dict[str, int] = field(default_factory=dict)
     tumor_organs: dict[str, list[str]] = field(default_factory=dict)
+    latent_channels: int = 4
+    spatial_compression_ratio: int = 4
 
 
 def read_data_list(path: str | os.PathLike, root: str | os.PathLike | None = None) -> DataList:
@@ -99,12 +104,22 @@ def read_data_list(path: str | os.PathLike, root: str | os.PathLike | None = Non
             problems.append(f"entry {i}: {error}")
     if problems:
         raise ValueError(f"data list {str(path)!r}: {'; '.join(problems)}")
-    label_names, tumor_organs = content.get("label_names", {}), content.get("tumor_organs", {})
     try:
-        check_new_labels(label_names, tumor_organs)
+        return replace(read_head(content), cases=cases)
     except ValueError as error:
         raise ValueError(f"data list {str(path)!r}: {error}") from error
-    return DataList(cases, label_names, tumor_organs)
+
+
+def read_head(content: dict) -> DataList:
+    """What a list says beside its cases, as one without any; raises a `ValueError` that says what is wrong."""
+    names = ("label_names", "tumor_organs", "latent_channels", "spatial_compression_ratio")
+    head = DataList([], **{name: content[name] for name in names if name in content})
+    check_new_labels(head.label_names, head.tumor_organs)
+    for name in names[2:]:
+        value = getattr(head, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, must be a whole number of 1 or more")
+    return head
 
 
 def write_data_list(path: str | os.PathLike, data_list: DataList) -> None:
@@ -121,6 +136,10 @@ def write_data_list(path: str | os.PathLike, data_list: DataList) -> None:
     content = {"training": entries}
     if data_list.label_names:
         content |= {"label_names": data_list.label_names, "tumor_organs": data_list.tumor_organs}
+    published = DataList([])
+    for name in ("latent_channels", "spatial_compression_ratio"):
+        if getattr(data_list, name) != getattr(published, name):
+            content[name] = getattr(data_list, name)
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 

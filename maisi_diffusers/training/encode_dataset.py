@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import nibabel as nib
@@ -34,14 +33,12 @@ from .latents import (
     to_intensities,
 )
 from .mask_classes import load_mask_labels
-from .processes import runs_on_cpu
+from .processes import TIMEOUT, runs_on_cpu
 from .randomness import case_generator
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 POSTERIORS = ("moments", "sample", "mean")
 NIFTI = re.compile(r"\.nii(\.gz)?$")
-# One process may be done long before another; the default, at most half an hour, would end both.
-TIMEOUT = timedelta(days=7)
 
 
 def read_cases(args: argparse.Namespace) -> tuple[DataList, Path]:
@@ -347,7 +344,9 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
             else:
                 failed.append(name)
         if cases:
-            write_data_list(args.output_dir / "latents.json", replace(data_list, cases=cases))
+            channels = vae.config.latent_channels
+            latents = replace(data_list, cases=cases, latent_channels=channels, spatial_compression_ratio=ratio)
+            write_data_list(args.output_dir / "latents.json", latents)
             print(f"wrote {args.output_dir / 'latents.json'}: {len(cases)} latents")
     state.destroy_process_group()
     return len(names), failed

@@ -12,14 +12,29 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
-from .checkpoints import checkpoint_step, find_checkpoint, list_checkpoints, save_checkpoint
+from .checkpoints import checkpoint_step, find_checkpoint, list_checkpoints, save_checkpoint, set_aside_later
 from .data_list import Case
 from .trackers import JSONLinesTracker
 
 logger = get_logger(__name__)
 
 # What decides which cases a step sees: with another value, a resumed run goes on differently.
-_ORDER = ("data_list", "fold", "train_batch_size", "gradient_accumulation_steps", "seed", "num_processes")
+_ORDER = (
+    "data_list",
+    "fold",
+    "train_batch_size",
+    "patches_per_case",
+    "gradient_accumulation_steps",
+    "seed",
+    "num_processes",
+)
+SETTINGS = "args.json"
+
+
+def settings_before(args: argparse.Namespace) -> dict:
+    """The arguments of the run that these resume; empty where there is none."""
+    is_resumed = args.resume_from_checkpoint and list_checkpoints(args.output_dir)
+    return json.loads(Path(args.output_dir, SETTINGS).read_text()) if is_resumed else {}
 
 
 class Trainer:
@@ -71,7 +86,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: if a loss or a gradient is not finite: with the step, the files of the batch and the
-                last complete checkpoint. No weight has changed by then.
+                last complete checkpoint. No weight has changed by it.
             OSError: if a checkpoint cannot be written.
         """
         accelerator, args = self.accelerator, self.args
@@ -144,8 +159,8 @@ class Trainer:
 
     def _resume(self) -> None:
         args, accelerator = self.args, self.accelerator
-        settings = self._settings()
-        path = self.output_dir / "args.json"
+        settings, before = self._settings(), settings_before(args)
+        path = self.output_dir / SETTINGS
         checkpoint = None
         if args.resume_from_checkpoint:
             checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
@@ -157,13 +172,15 @@ class Trainer:
                 "latest to go on with it, or give another folder"
             )
         if checkpoint is not None:
-            before = json.loads(path.read_text())
+            if before.get("use_ema") and not settings.get("use_ema"):
+                raise ValueError(f"{checkpoint} has averaged weights, which would be lost: add --use_ema")
             for name in _ORDER:
                 if name in settings and before.get(name) != settings[name]:
                     logger.warning(
                         f"{name} was {before.get(name)} and is {settings[name]}: the run goes on with other batches "
                         "than it would have had"
                     )
+            given = [[dict(group, params=None) for group in one.param_groups] for one in accelerator._optimizers]
             try:
                 accelerator.load_state(str(checkpoint))
             except (RuntimeError, ValueError, FileNotFoundError) as error:  # other weights, or files of another option
@@ -172,11 +189,26 @@ class Trainer:
                     f"{checkpoint} is not of a run with these options ({reason}): give those that {path} has, or "
                     "another output_dir"
                 ) from error
+            self._set_options(given)
             self.global_step = checkpoint_step(checkpoint)
             logger.info(f"resumed from {checkpoint}")
+            if accelerator.is_main_process:
+                set_aside_later(self.output_dir, checkpoint)
         if accelerator.is_main_process:
             with write_atomically(path) as temporary:
                 temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _set_options(self, given: list[list[dict]]) -> None:
+        """Options of the optimisers as they are given now; a checkpoint has brought its own."""
+        for optimizer, groups in zip(self.accelerator._optimizers, given):
+            for group, options in zip(optimizer.param_groups, groups):
+                group.update({name: value for name, value in options.items() if name not in ("params", "lr")})
+        for wrapped in self.accelerator._schedulers:
+            scheduler = wrapped.scheduler
+            groups = scheduler.optimizer.param_groups
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas):
+                group["lr"] = base * factor(scheduler.last_epoch)
 
     def _settings(self) -> dict:
         """The arguments to write down: all but the secret one."""

@@ -243,12 +243,13 @@ def check(path: Path, state: PartialState) -> tuple[int, list[str]]:
         FileNotFoundError: if there is no such list.
         ValueError: if it is none.
     """
-    cases, label_names, problems = read_entries(path)
-    vocabulary = new_vocabulary(label_names)
+    cases, head, problems = read_entries(path)
+    vocabulary = new_vocabulary(head.label_names)
+    latents = {"ratio": head.spatial_compression_ratio, "latent_channels": head.latent_channels}
     mine = list(cases.items())[state.process_index :: state.num_processes]
     found = []
     for number, case in tqdm(mine, "Check", disable=not state.is_main_process):
-        found += [(number, problem) for problem in check_case(case, vocabulary, in_full=True)]
+        found += [(number, problem) for problem in check_case(case, vocabulary, in_full=True, **latents)]
     count = len(cases) + len(problems)
     return count, problem_lines(problems + gather_object(found) + repeated_images(cases))
 

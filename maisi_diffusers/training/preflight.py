@@ -1,5 +1,7 @@
 """What a diffusion training needs of its cases, looked at before its first step."""
 
+from dataclasses import replace
+
 import nibabel as nib
 
 from ..imaging.nifti import UNREADABLE
@@ -32,14 +34,14 @@ def check_training_cases(
         "bottom_region_index": unet.config.use_region_index,
         "organ_size": unet.config.cross_attention_dim is not None,
     }
-    problems = check_cases(data_list, ratio=ratio, latent_channels=channels)
+    problems = check_cases(replace(data_list, latent_channels=channels, spatial_compression_ratio=ratio))
     first_grid = None
     for i, case in enumerate(data_list.cases):
         missing = [name for name, is_needed in needed.items() if is_needed and getattr(case, name) is None]
         if missing:
             problems.append(
-                f"entry {i}: no {', '.join(missing)}, which this model is trained with: add it to the data list, or "
-                "prepare it again"
+                f"entry {i}: no {', '.join(missing)}, which this model is trained with: prepare it again, "
+                "or add it to the data list (docs/finetune.md)"
             )
         try:
             shape = nib.load(case.image).shape
@@ -66,5 +68,5 @@ def check_training_cases(
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(
             f"{len(problems)} problem(s) in the data list: {' | '.join(problems[:3])}{more}; "
-            "scripts/prepare_dataset.py --check lists them all"
+            "scripts/prepare_dataset.py --check looks at its files more closely"
         )

@@ -2,8 +2,13 @@
 
 import os
 import warnings
+from datetime import timedelta
 
 import torch
+
+TIMEOUT = timedelta(days=7)
+"""Of processes that share cases: one may be done long before another; the default, at most half an hour, would end
+both."""
 
 
 def runs_on_cpu() -> bool:

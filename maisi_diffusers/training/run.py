@@ -1,6 +1,7 @@
 """What every training script does before and after its loop."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -125,7 +126,7 @@ def write_model_card(folder: Path, base_model: str | None, description: str, tag
 
 def push_to_hub(args: argparse.Namespace) -> None:
     """
-    Upload what a run made, without its checkpoints.
+    Upload what a run made, without its checkpoints, its arguments, and what is of the data it was made from.
 
     Raises:
         OSError: if the Hub refuses or cannot be reached; what was written stays.
@@ -139,7 +140,16 @@ def push_to_hub(args: argparse.Namespace) -> None:
             folder_path=output_dir,
             token=args.hub_token,
             commit_message="End of training",
-            ignore_patterns=["checkpoint-*/**", ".*", f"{args.logging_dir}/**", "args.json"],
+            # Pictures and numbers of validation are of held-out patients, and have their files' names.
+            ignore_patterns=[
+                "checkpoint-*/**",
+                "abandoned-*/**",
+                "validation/**",
+                "log.jsonl",
+                "args.json",
+                ".*",
+                f"{args.logging_dir}/**",
+            ],
         )
     except Exception as error:  # of the network, the Hub or the login: none touches what was written
         raise OSError(f"{output_dir} is complete, but not uploaded to {name}: {error}") from error
@@ -147,6 +157,9 @@ def push_to_hub(args: argparse.Namespace) -> None:
 
 def run_script(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Train, or say in one line on stderr why not and exit with code 1."""
+    logging.basicConfig(format="%(message)s")
+    for name in ("__main__", __package__):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         train(args)
     except (OSError, ValueError, ImportError, FloatingPointError, RuntimeError, SafetensorError) as error:

@@ -455,6 +455,13 @@ def test_save(tmp_path, zipped):
         assert copy.load(entry).shape == entry.dim
 
 
+def test_save_some_of_it(tmp_path):
+    database = MaisiMaskDatabase(make_database(tmp_path / "original"))
+    database.entries = database.entries[::-1][:2]
+    database.save(tmp_path / "copy")
+    assert MaisiMaskDatabase(tmp_path / "copy").entries == database.entries
+
+
 def test_save_what_is_incomplete(tmp_path):
     database = MaisiMaskDatabase(make_database(tmp_path / "original"))
     (tmp_path / "original" / "masks" / "torso.nii.gz").unlink()

@@ -18,6 +18,7 @@ from maisi_diffusers.cli import encode as command
 from maisi_diffusers.imaging import load_volume, resample_like, to_ras
 from maisi_diffusers.loaders import load_maisi_checkpoint
 from maisi_diffusers.training import encode_dataset
+from maisi_diffusers.training.checks import check_cases
 from maisi_diffusers.training.data_list import Case, DataList, read_data_list, write_data_list
 from maisi_diffusers.training.latents import draw_latent, encode_volume, load_latent, resize_volume, to_intensities
 from tests.scripts.training_data import SCRIPTS
@@ -519,6 +520,16 @@ def test_list_of_label_maps(encode, data, output, mask_vae):
     assert (first.organ_size, second.organ_size) == (sizes, None)
     assert first.image == output / "a/gone_emb.nii.gz" and first.label == output / "a/gone_label.nii.gz"
     assert first.dim == SIZES["a/ct"] and first.modality == "ct_contrast" and (first.fold, second.fold) == (0, 1)
+
+
+def test_what_the_latents_are_like_is_in_their_list(encode, real_data, output, tmp_path):
+    """So that a list of them can be checked without the VAE."""
+    settings = {"latent_channels": 6, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    AutoencoderKLMaisi(**settings).save_pretrained(tmp_path / "vae")
+    encode(real_data, vae=tmp_path / "vae")
+    data_list = read_data_list(output / "latents.json")
+    assert (data_list.latent_channels, data_list.spatial_compression_ratio) == (6, 2)
+    assert check_cases(data_list, in_full=True) == []
 
 
 def test_folder_of_label_maps(encode, data, output, mask_vae, encoded_labels):

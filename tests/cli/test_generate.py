@@ -254,6 +254,15 @@ def test_resume(base, tmp_path):
     assert made_again == names("tiny_seed1")
 
 
+@pytest.mark.parametrize("ending", ["_ct.nii.gz", "_labels.nii.gz", ".png"])
+def test_resume_makes_an_image_again_that_lacks_a_file(base, tmp_path, ending):
+    run("generate", *base)
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out" / f"tiny_seed0{ending}").unlink()
+    assert [image["skipped"] for image in run_json("generate", *base, "--resume")["images"]] == [False]
+    assert files_of(tmp_path / "out") == before
+
+
 def test_resume_with_everything_there_loads_nothing(base, monkeypatch):
     run("generate", *base)
     monkeypatch.setattr(generation, "load_pipeline", None)

@@ -103,6 +103,12 @@ def test_what_is_drawn(tmp_path):
     assert greens(picture(labels, {1, 200}, colours=colours, names={1: "liver"})) == 0
 
 
+@pytest.mark.parametrize("size", [(400, 4, 4), (1, 1, 1)])
+def test_any_shape_without_labels(tmp_path, size):
+    save_preview(tmp_path / "picture.png", nib.Nifti1Image(np.ones(size, np.int16), np.diag([*SPACING, 1.0])))
+    assert matplotlib.image.imread(tmp_path / "picture.png").shape[1] > 400
+
+
 @pytest.mark.parametrize("size", [(4, 4, 400), (400, 300, 4), (1, 1, 1)])
 def test_any_shape(tmp_path, size):
     labels = nib.Nifti1Image(np.ones(size, np.uint8), np.diag([*SPACING, 1.0]))

@@ -15,6 +15,7 @@ from monai.utils.enums import MetaKeys, SpaceKeys
 from safetensors.torch import load_file
 
 from maisi_diffusers import MaisiCTPipeline
+from maisi_diffusers.loaders.architecture import RELEASED, read_architecture
 from maisi_diffusers.loaders.key_mapping import unet_source_keys
 from maisi_diffusers.pipelines.input_rules import CT_RULES, MR_RULES
 from maisi_diffusers.pipelines.recommended_grids import MR_FOVS
@@ -301,6 +302,37 @@ def test_configuration_decides(checkpoint):
     assert pipe.scheduler.config.num_train_timesteps == 500 and not pipe.scheduler.config.use_timestep_transform
     assert pipe.mask_scheduler.config.beta_end == 0.0205 and pipe.mask_scheduler.config.beta_schedule == "linear"
     assert pipe.mask_vae.config.scaling_factor == 1.5
+
+
+def test_configuration_of_a_later_mask_unet(checkpoint):
+    """It is of another file; the one that is read has the network that was released with it."""
+
+    def change(config):
+        config["mask_generation_diffusion_def"].update(
+            adagn_condition_dim=19, adagn_context_embed_dim=256, cross_attention_dim=19
+        )
+        config["mask_generation_noise_scheduler"] = dict(config["noise_scheduler"])
+
+    rewrite_config(checkpoint, change)
+    architecture = read_architecture(checkpoint, "rflow")
+    assert architecture["mask_unet"] == RELEASED["rflow"]["mask_unet"]
+    assert architecture["mask_scheduler"] == RELEASED["rflow"]["mask_scheduler"]
+    (checkpoint / FILES["mask_unet"]).unlink()
+    assert load(checkpoint).mask_unet is None
+
+
+def test_defaults_of_monai(checkpoint):
+    """A configuration may leave fields out."""
+
+    def change(config):
+        for section in ("diffusion_unet_def", "controlnet_def"):
+            del config[section]["num_head_channels"]
+        del config["noise_scheduler"]["use_discrete_timesteps"]
+
+    rewrite_config(checkpoint, change)
+    architecture = read_architecture(checkpoint, "rflow")
+    assert architecture["unet"]["attention_head_dim"] == architecture["controlnet"]["attention_head_dim"] == 8
+    assert architecture["scheduler"]["use_discrete_timesteps"]
 
 
 def test_configuration_of_another_kind_is_not_read(checkpoint, tmp_path):

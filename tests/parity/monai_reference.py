@@ -73,7 +73,7 @@ def network_config(version: str, size: Size) -> dict:
         "num_head_channels": size.head_channels,
         "num_res_blocks": size.res_blocks,
         "norm_num_groups": size.groups,
-        "use_flash_attention": False,
+        "use_flash_attention": torch.cuda.is_available(),  # as released; MONAI refuses it elsewhere
         "include_fc": is_rflow,
         "resblock_updown": is_rflow,
     }

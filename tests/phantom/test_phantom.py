@@ -234,9 +234,9 @@ def test_bad_subject(given, message):
         Subject.draw(0, **given)
 
 
-@pytest.mark.parametrize("sizes", [{"Liver": 1.3}, {"liver": 0}, {"liver": -1.0}])
+@pytest.mark.parametrize("sizes", [{"Liver": 1.3}, {"brain": 1.3}, {"liver": 0}, {"liver": -1.0}])
 def test_sizes_that_are_none(sizes):
-    with pytest.raises(ValueError, match="a label's name and a factor above 0"):
+    with pytest.raises(ValueError, match="give a factor above 0 for any of aorta, bladder"):
         Subject.draw(3, sizes=sizes)
 
 

@@ -31,6 +31,8 @@ def make(is_shared: bool) -> dict[str, torch.Tensor]:
             x = draw(2, 1, *(4 * n for n in GRID)).to(dtype)
             results[f"encode {name} {memory}"] = vae.encode(x).latent_dist.mode()
     pipe.vae.to(torch.float32)
+    pipe.mask_vae.enable_exact_tiling(group=torch.distributed.group.WORLD if is_shared else None)
+    results["classes"] = pipe.mask_vae.decode_classes(draw(1, 4, *GRID))
     if is_shared:
         pipe.enable_parallelism()
     results["image"] = pipe(**IMAGE, generator=torch.Generator().manual_seed(1), output_type="pt").images

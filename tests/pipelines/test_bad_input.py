@@ -199,6 +199,18 @@ CASES = {
         "inf",
         "give a number",
     ),
+    "conditioning of nothing": (
+        "rflow",
+        IMAGE_ONLY | {"controlnet_conditioning_scale": 0.5},
+        "has none",
+        "leave one out",
+    ),
+    "contrast of a model that is not told": (
+        "ddpm",
+        IMAGE_ONLY | {"body_region": ["chest"], "modality": "ct_contrast"},
+        "'ct' alone",
+        "leave modality out",
+    ),
     "MR from a CT model": (
         "ddpm",
         IMAGE_ONLY | {"body_region": ["chest"], "modality": "t1"},

@@ -119,12 +119,61 @@ def test_the_body_is_told_from_the_ct(pipe):
 
 
 @pytest.mark.parametrize("solver", [FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler])
-def test_other_solvers(ct, solver):
+@pytest.mark.parametrize("strength", [0.25, 0.5, 0.75])
+def test_other_solvers_go_where_the_models_own_goes(ct, solver, strength):
     pipe = make_pipeline(with_mask_networks=False)
-    pipe.scheduler = solver.from_config(pipe.scheduler.config)
-    out = edit(pipe, ct, repaint_labels=[26], strength=0.5, num_inference_steps=4)
-    changed = np.asarray(out.images[0].dataobj) != np.asarray(ct.dataobj)
-    assert changed.any() and changed.mean() < 0.2
+    found = []
+    for scheduler in (pipe.scheduler, solver.from_config(pipe.scheduler.config)):
+        pipe.scheduler = scheduler
+        out = edit(pipe, ct, repaint_labels=[26], strength=strength, num_inference_steps=40)
+        found.append(np.asarray(out.images[0].dataobj, dtype=float) - np.asarray(ct.dataobj))
+    own, other = found
+    assert (own != 0).any() and np.abs(other - own).mean() < 0.25 * np.abs(own).mean()
+
+
+def test_the_outline_of_mr_is_not_told_by_it(pipe):
+    """Its air is not below -800 HU."""
+    mask = make_label_map()
+    labels = np.asarray(mask.dataobj)
+    bare = nib.Nifti1Image(np.where(labels == 200, 0, labels).astype(np.uint8), AFFINE)
+    image = nib.Nifti1Image(np.where(labels > 0, 400, 0).astype(np.int16), AFFINE)
+    with pytest.warns(UserWarning, match="a guess from the hull of the organs"):
+        out = edit(pipe, image, bare, modality="t1")
+    assert (np.asarray(out.labels[0].dataobj) == 0).any()
+
+
+def test_a_check_of_what_is_painted_alone(ct, recwarn):
+    """The CT's own liver is not what the model can be blamed for."""
+    pipe = make_pipeline(with_mask_networks=False)
+    pipe.register_to_config(quality_thresholds={"liver": [5000, 6000], "hepatic tumor": [-2000, 4000]})
+    (report,) = edit(pipe, ct, repaint_labels=[26]).reports
+    assert report["attempts"] == 1 and report["quality"]["organs"].keys() == {"hepatic tumor"}
+    assert not [warning for warning in recwarn if "the median of" in str(warning.message)]
+
+
+def test_nothing_is_made_where_nothing_changes(ct, monkeypatch):
+    pipe = make_pipeline(with_mask_networks=False)
+    monkeypatch.setattr(pipe.vae, "decode", None)
+    assert edit(pipe, ct, repaint_labels=[26], strength=0).reports[0]["attempts"] == 0
+
+
+def test_on_the_device_of_the_pipeline(pipe, ct, monkeypatch):
+    """Not on the VAE's, which offloading leaves elsewhere between its calls."""
+    monkeypatch.setattr(type(pipe.vae), "device", property(lambda vae: torch.device("meta")))
+    edit(pipe, ct, repaint_labels=[26])
+
+
+def test_labels_that_are_nowhere(pipe, ct):
+    pipe = make_pipeline(with_mask_networks=False)
+    pipe.controlnet.add_classes({"kidney tumor": 129}, {"kidney tumor": ["left kidney"]})
+    with pytest.raises(ValueError, match="the mask has no kidney tumor; draw it in the mask first"):
+        edit(pipe, ct, repaint_labels=["kidney tumor"])
+    labels = np.asarray(make_label_map().dataobj).copy()
+    labels[labels == 26] = 1
+    labels[9, 7, 13] = 26
+    mask = nib.Nifti1Image(labels, AFFINE)
+    with pytest.raises(ValueError, match="hepatic tumor has no voxel left on the model's grid .* a finer spacing"):
+        edit(pipe, ct, mask, repaint_labels=[26], output_size=(8, 8, 8), spacing=(6.0, 4.0, 12.0))
 
 
 def test_ddpm(ct):

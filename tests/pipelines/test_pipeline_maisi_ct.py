@@ -234,6 +234,35 @@ def test_from_pipe(pipe):
     assert np.array_equal(image_only(**IMAGE_ONLY, generator=seeded(), output_type="np").images, expected)
 
 
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("bfloat16", "float32")])
+def test_from_pipe_leaves_dtypes(dtypes):
+    pipe = make_pipeline(with_mask_networks=False).to(getattr(torch, dtypes[0]))
+    pipe.controlnet.to(getattr(torch, dtypes[1]))
+    before = {name: weight.clone() for name, weight in pipe.unet.named_parameters()}
+    other = MaisiCTPipeline.from_pipe(pipe)
+    assert other.controlnet.dtype == getattr(torch, dtypes[1])
+    for name, weight in other.unet.named_parameters():
+        assert weight.dtype == before[name].dtype and torch.equal(weight, before[name]), name
+    assert MaisiCTPipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32
+
+
+def test_guidance_by_nothing():
+    """A model that is not told the modality, and no tumor: a second prediction would be the first again."""
+    pipe, calls = make_pipeline("ddpm-ct", with_mask_networks=False), []
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="guidance_scale=2.0 does nothing here"):
+        pipe(**IMAGE_ONLY, guidance_scale=2.0, generator=seeded())
+    assert len(calls) == 2
+    pipe(mask=make_label_map(), guidance_scale=2.0, generator=seeded())  # with a tumor
+    assert len(calls) == 2 + 4
+
+
+def test_voxels_that_are_no_numbers(pipe):
+    latents = torch.full((1, 4, *(n // 4 for n in SIZE)), torch.nan)
+    with pytest.raises(ValueError, match="no finite numbers, computed in torch.float32: load the model in bfloat16"):
+        pipe(**IMAGE_ONLY, latents=latents)
+
+
 HAS_ACCELERATOR = torch.accelerator.is_available()
 
 

@@ -42,6 +42,17 @@ def test_training_goes_on_with_it(arguments, tmp_path):
     assert vae.encoder.down_blocks[0].resnets[0].conv2.weight.any()
 
 
+def test_a_list_of_one_fold(arguments, tmp_path):
+    """All cases are to learn from."""
+    path = tmp_path / "phantoms" / "dataset.json"
+    content = json.loads(path.read_text())
+    for entry in content["training"]:
+        del entry["fold"]
+    path.write_text(json.dumps(content))
+    load_script("start_vae").main([*arguments, "--num_cases", "2"])
+    assert (tmp_path / "vae" / "config.json").is_file()
+
+
 def test_a_config_that_cannot_be_linear(arguments, tmp_path):
     (tmp_path / "vae.json").write_text(json.dumps(CONFIG | {"use_conv_transpose": False}))
     with pytest.raises(ValueError, match="cannot be linear"):

@@ -7,7 +7,14 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
-from maisi_diffusers import MaisiCTPipeline, MaisiMaskPipeline, MaisiRFlowScheduler, MaisiUNet3DConditionModel
+from maisi_diffusers import (
+    AutoencoderKLMaisi,
+    MaisiCTPipeline,
+    MaisiMaskPipeline,
+    MaisiRFlowScheduler,
+    MaisiUNet3DConditionModel,
+)
+from maisi_diffusers.pipelines.input_rules import MR_RULES
 from maisi_diffusers.training.data_list import read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
 from maisi_diffusers.training.trackers import read_log
@@ -54,12 +61,31 @@ def test_output_is_a_pipeline(continued, latents):
 
 def test_settings_of_the_model_stay(train_unet, latents, tmp_path):
     base = MaisiCTPipeline.from_pretrained(latents / "base")
-    base.register_to_config(modality="mri", num_inference_steps=7)
+    settings = {
+        "modality": "mri",
+        "num_inference_steps": 7,
+        "guidance_scale": 15.0,
+        "default_output_size": [32, 32, 32],
+        "default_spacing": [3.0, 3.0, 3.0],
+        "quality_thresholds": {"liver": [0, 100]},
+        "recommended_fovs": {"t1": {"head": [[160, 256, 256]]}},
+        "input_rules": MR_RULES,
+    }
+    base.register_to_config(**settings)
     base.save_pretrained(tmp_path / "base")
     source = ["--pretrained_model_name_or_path", tmp_path / "base"]
     run(train_unet, *on_latents(latents, tmp_path / "output", *source, "--max_train_steps", 1))
     config = MaisiCTPipeline.from_pretrained(tmp_path / "output").config
-    assert (config.modality, config.num_inference_steps) == ("mri", 7)
+    assert {name: config[name] for name in settings} == settings
+
+
+def test_scaling_factor_is_measured_once(train_unet, latents, tmp_path):
+    """In another batch it would be another one."""
+    arguments = from_parts(latents, tmp_path, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    run(train_unet, *arguments)
+    before = AutoencoderKLMaisi.load_config(tmp_path / "vae")["scaling_factor"]
+    run(train_unet, *arguments, "--max_train_steps", 2, "--train_batch_size", 2)
+    assert AutoencoderKLMaisi.load_config(tmp_path / "vae")["scaling_factor"] == before
 
 
 def test_checkpoint_has_the_unet(continued):

@@ -13,7 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maisi_diffusers.training.checkpoints import checkpoint_step, find_checkpoint, list_checkpoints
+from maisi_diffusers.training.checkpoints import (
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    set_aside_later,
+)
 from maisi_diffusers.training.trackers import read_log
 from tests.scripts.training_data import error_of, on_latents, run
 
@@ -68,6 +73,21 @@ def test_find(tmp_path):
         message = f"no checkpoint '{name}': it has checkpoint-9, checkpoint-10; give one of them, or 'latest'"
         with pytest.raises(FileNotFoundError, match=message):
             find_checkpoint(tmp_path, name)
+
+
+def test_find_in_another_folder(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name / "checkpoint-9").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint '.*old/checkpoint-9': it has checkpoint-9"):
+        find_checkpoint(tmp_path / "new", str(tmp_path / "old" / "checkpoint-9"))
+
+
+def test_later_ones_are_set_aside(tmp_path):
+    write_checkpoints(tmp_path, [2, 4, 10])
+    (tmp_path / "abandoned-10").mkdir()
+    set_aside_later(tmp_path, tmp_path / "checkpoint-4")
+    assert sorted(os.listdir(tmp_path)) == ["abandoned-10", "checkpoint-2", "checkpoint-4"]
+    assert os.listdir(tmp_path / "abandoned-10") and find_checkpoint(tmp_path, "latest").name == "checkpoint-4"
 
 
 # Kills

@@ -370,9 +370,9 @@ def test_entries_that_cannot_be_read_are_apart(tmp_path):
     path = tmp_path / "list.json"
     entries = [{"image": "a.nii.gz"}, {"image": "b.nii.gz", "dim": 3}, {"image": "c.nii.gz"}, "d"]
     path.write_text(json.dumps({"training": entries, "label_names": {"kidney tumor": 129}}))
-    cases, label_names, problems = read_entries(path)
+    cases, head, problems = read_entries(path)
     assert cases == {0: Case(tmp_path / "a.nii.gz"), 2: Case(tmp_path / "c.nii.gz")}
-    assert label_names == {"kidney tumor": 129}
+    assert head == DataList([], {"kidney tumor": 129})
     assert [number for number, _ in problems] == [1, 3] and '"dim" is 3' in problems[0][1]
 
 

@@ -70,7 +70,7 @@ def test_round_trip(tmp_path):
         Case(tmp_path / "list" / "c.nii.gz", None, None, None, (1, 0, 0, 0), (0, 0, 1, 0)),
         Case(tmp_path / "list" / "d.nii.gz", organ_size=(0.0, 0.25, 1.0, *[-1.0] * 7)),
     ]
-    data_list = DataList(cases, {"kidney tumor": 129}, {"kidney tumor": ["left kidney", "right kidney"]})
+    data_list = DataList(cases, {"kidney tumor": 129}, {"kidney tumor": ["left kidney", "right kidney"]}, 24, 8)
     path = tmp_path / "list" / "list.json"
     write_data_list(path, data_list)
     assert read_data_list(path) == data_list
@@ -80,6 +80,13 @@ def test_round_trip(tmp_path):
     assert entries[0]["label"] == "labels/a.nii.gz", "a list moves together with what lies below it"
     assert "label" not in entries[1] and "dim" not in entries[1]
     assert os.listdir(path.parent) == ["list.json"]
+
+
+@pytest.mark.parametrize("name", ["latent_channels", "spatial_compression_ratio"])
+def test_what_latents_cannot_have(tmp_path, name):
+    path = write_json(tmp_path, {"training": [{"image": "a"}], name: "4"})
+    with pytest.raises(ValueError, match=f"{name} is '4', must be a whole number"):
+        read_data_list(path)
 
 
 def test_a_list_without_new_classes_has_the_published_keys_alone(tmp_path):

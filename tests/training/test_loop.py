@@ -101,6 +101,7 @@ def test_resumed_from_an_earlier_checkpoint(train_controlnet, latents, uninterru
         path.write_bytes(b"to be written again")
     run(train_controlnet, *on_latents(latents, output, *OPTIONS, "--resume_from_checkpoint", "checkpoint-9"))
     assert_same_run(output, uninterrupted)
+    assert (output / "abandoned-12").is_dir()
 
 
 def test_workers_do_not_matter(train_controlnet, latents, uninterrupted, tmp_path):
@@ -117,6 +118,29 @@ def test_resumed_with_other_batches(train_controlnet, latents, tmp_path, caplog)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1 and "train_batch_size was 1 and is 2: the run goes on with other batches" in messages[0]
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_the_optimiser_is_as_the_command_says(train_controlnet, latents, tmp_path):
+    """A run that goes on with another learning rate has it at once: here hardly a step, then a large one."""
+    options = ["--checkpointing_steps", 1, "--lr_scheduler", "constant", "--adam_weight_decay", 0]
+    run(train_controlnet, *on_latents(latents, tmp_path, *options, "--max_train_steps", 1))
+    before = load_file(tmp_path / WEIGHTS)
+    resumed = ["--resume_from_checkpoint", "latest", "--learning_rate", 1e-12]
+    run(train_controlnet, *on_latents(latents, tmp_path, *options, "--max_train_steps", 2, *resumed))
+    after = load_file(tmp_path / WEIGHTS)
+    assert max((weight - after[name]).abs().max() for name, weight in before.items()) < 1e-6
+    resumed = ["--resume_from_checkpoint", "latest", "--learning_rate", 1e-3, "--adam_beta1", 0.5]
+    run(train_controlnet, *on_latents(latents, tmp_path, *options, "--max_train_steps", 3, *resumed))
+    after = load_file(tmp_path / WEIGHTS)
+    assert max((weight - after[name]).abs().max() for name, weight in before.items()) > 5e-4
+    (group,) = torch.load(tmp_path / "checkpoint-3" / "optimizer.bin", weights_only=True)["param_groups"]
+    assert (group["lr"], group["initial_lr"], tuple(group["betas"])) == (1e-3, 1e-3, (0.5, 0.999))
+
+
+def test_averages_are_not_dropped(train_controlnet, latents, uninterrupted):
+    options = [option for option in OPTIONS if option != "--use_ema"]
+    arguments = on_latents(latents, uninterrupted, *options, "--resume_from_checkpoint", "latest")
+    assert "has averaged weights, which would be lost: add --use_ema" in error_of(train_controlnet, *arguments)
 
 
 def test_checkpoints_of_another_run(train_controlnet, latents, uninterrupted):

@@ -105,7 +105,7 @@ def test_only_the_first_of_many_problems(train_controlnet, data):
     for path in data.glob("*_emb.nii.gz"):
         path.unlink()
     message = error_of(train_controlnet, *on_latents(data, data / "output"))
-    assert "8 problem(s)" in message and "(and 5 more)" in message and "--check lists them all" in message
+    assert "8 problem(s)" in message and "(and 5 more)" in message and "--check looks at its files" in message
     assert message.count("does not exist") == 3
 
 

@@ -9,6 +9,8 @@ import warnings
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
@@ -16,7 +18,8 @@ from maisi_diffusers import AutoencoderKLMaisi, MaisiUNet3DConditionModel
 from maisi_diffusers.training.checkpoints import list_checkpoints
 from maisi_diffusers.training.processes import runs_on_cpu
 from maisi_diffusers.training.trackers import read_log
-from tests.scripts.training_data import SCRIPTS, load_script, on_latents, on_volumes, run
+from tests.scripts.training_data import SCRIPTS, error_of, load_script, on_latents, on_volumes, run
+from tests.tiny import make_pipeline
 
 # One start for all three trainings, which share what connects the processes.
 DRIVER = """
@@ -27,6 +30,7 @@ PartialState.destroy_process_group = lambda self, group=None: None
 for name, arguments in json.loads(sys.argv[1]).items():
     run(load_script(name), *arguments)
 """
+CONFIGS = SCRIPTS.parent / "configs" / "accelerate"
 NAMES = ("train_controlnet", "train_unet", "train_vae")
 CONTRAST = ["--use_region_contrastive_loss", "--region_contrastive_loss_weight", 0.5, "--weighted_loss", 10]
 
@@ -54,7 +58,8 @@ def outputs(latents, volumes, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml"]
+    launch += ["--num_processes", "2", "--mixed_precision", "no"]
     launch += ["--main_process_port", str(port), folder / "driver.py"]
     tasks = {name: arguments(name, latents, volumes, folder / "two" / name, batch_size=1) for name in NAMES}
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
@@ -118,6 +123,28 @@ def test_saved_without_the_wrapping(outputs):
         for model, folder in ((unet, "train_unet/unet"), (vae, "train_vae")):
             saved = load_file(outputs / number / folder / "diffusion_pytorch_model.safetensors")
             assert saved.keys() == model.state_dict().keys()
+
+
+# Configurations that need GPUs
+
+
+@pytest.mark.parametrize("network", ["unet", "controlnet"])
+def test_networks_are_sharded_block_by_block(network, monkeypatch):
+    """accelerate would refuse a class of blocks that a network does not have."""
+    model = getattr(make_pipeline(with_mask_networks=False), network)
+    for name, value in launched_environment("--config_file", str(CONFIGS / "fsdp.yaml")).items():
+        if name.startswith("FSDP"):
+            monkeypatch.setenv(name, value)
+    is_sharded = fsdp2_prepare_auto_wrap_policy(FullyShardedDataParallelPlugin(), model)
+    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    assert len(blocks) >= 3 and all(is_sharded(block) for block in blocks) and not is_sharded(model.conv_in)
+
+
+def test_a_vae_is_not_sharded(volumes, tmp_path, monkeypatch):
+    script = load_script("train_vae")
+    monkeypatch.setattr(script, "is_sharded", lambda accelerator: True)
+    message = error_of(script, *on_volumes(volumes, tmp_path / "vae", "--max_train_steps", 1))
+    assert "trained whole, without FSDP or DeepSpeed: launch with ddp.yaml" in message
 
 
 # Where accelerate starts fewer processes than were asked for

@@ -50,11 +50,24 @@ def weights_from_hub(repo):
 
 
 def test_upload(hub, process, latents, tmp_path):
-    """Model card, weights and log; no checkpoints, no arguments. It loads from there."""
-    options = [*OPTIONS, "--hub_model_id", "somebody/tuned", "--hub_token", TOKEN]
+    """Model card and weights; no checkpoints, no arguments, and nothing of the patients. It loads from there."""
+    options = [
+        *OPTIONS,
+        "--validation_steps",
+        1,
+        "--validation_num_inference_steps",
+        1,
+        "--hub_model_id",
+        "somebody/tuned",
+        "--hub_token",
+        TOKEN,
+    ]
     assert process.submit(train, on_latents(latents, tmp_path, *options)).result() is None
     files = hub.files("somebody/tuned")
-    assert files.keys() == {"README.md", "config.json", "log.jsonl", WEIGHTS}
+    assert files.keys() == {"README.md", "config.json", WEIGHTS}
+    assert (tmp_path / "validation" / "step-1").is_dir()
+    card = files["README.md"].read_text()
+    assert 'from_pretrained("somebody/tuned")' in card and str(latents) not in card
     for name, file in files.items():
         assert file.read_bytes() == (tmp_path / name).read_bytes(), name
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -78,7 +91,7 @@ def test_upload_of_an_adapter(hub, process, latents, tmp_path):
     """Under the folder's name, to the owner of the token."""
     options = [*OPTIONS, "--use_lora", "--rank", 2, "--hub_token", TOKEN]
     assert process.submit(train, on_latents(latents, tmp_path / "adapter", *options)).result() is None
-    assert hub.files("owner/adapter").keys() == {"README.md", "config.json", "log.jsonl", ADAPTER}
+    assert hub.files("owner/adapter").keys() == {"README.md", "config.json", ADAPTER}
     sources = ("owner/adapter", str(tmp_path / "adapter"))
     (image, vocabulary), (expected, _) = (
         process.submit(image_with_adapter, latents / "base", source).result() for source in sources
