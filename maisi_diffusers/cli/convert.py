@@ -40,6 +40,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no_strict", action="store_true", help="drop unexpected keys with a warning instead of refusing them"
     )
+    parser.add_argument(
+        "--no_mask_database", action="store_true", help="leave out the label maps to look one up in, which are many"
+    )
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="upload the result to this Hub repository as well")
     return parser.parse_args(argv)
 
@@ -62,6 +65,8 @@ def convert(args: argparse.Namespace) -> None:
         strict=not args.no_strict,
         revision=args.revision,
     )
+    if args.no_mask_database:
+        pipe.mask_database = None
 
     parent = next(folder for folder in output.parents if folder.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name}-") as temporary:

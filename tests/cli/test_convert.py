@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from maisi_diffusers import MaisiCTPipeline
+from maisi_diffusers import MaisiCTPipeline, MaisiMaskDatabase
 from maisi_diffusers.cli import convert as convert_module
 from tests.loaders.checkpoints import BROKEN, FILES, MARKER
+from tests.mask_databases import make_database
 from tests.scripts.training_data import SCRIPTS
 
 
@@ -108,6 +109,22 @@ def test_no_strict(checkpoint, output, expected, caplog):
         convert(checkpoint, output, "--no_strict")
     assert any("surplus.weight" in record.getMessage() for record in caplog.records)
     assert_same(MaisiCTPipeline.from_pretrained(output), expected)
+
+
+@pytest.mark.parametrize("options", [(), ("--no_mask_database",)])
+def test_mask_database(published, output, tmp_path, monkeypatch, options):
+    load = MaisiCTPipeline.from_maisi_checkpoint
+
+    def load_with_database(*args, **kwargs):
+        pipe = load(*args, **kwargs)
+        pipe.mask_database = MaisiMaskDatabase(make_database(tmp_path / "database"))
+        pipe.anatomy_size_conditions = [[0.5] * 10]
+        return pipe
+
+    monkeypatch.setattr(MaisiCTPipeline, "from_maisi_checkpoint", load_with_database)
+    convert(published, output, *options)
+    assert (output / "mask_database" / "anatomy_size_conditions.json").is_file()
+    assert (output / "mask_database" / "masks").exists() == (not options)
 
 
 def test_output_in_new_folders(published, output):
