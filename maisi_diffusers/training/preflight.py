@@ -40,8 +40,8 @@ def check_training_cases(
         missing = [name for name, is_needed in needed.items() if is_needed and getattr(case, name) is None]
         if missing:
             problems.append(
-                f"entry {i}: no {', '.join(missing)}, which this model is trained with: prepare it again, "
-                "or add it to the data list (docs/finetune.md)"
+                f"entry {i}: no {', '.join(missing)}, which this model is trained with: add it to the data list "
+                "(docs/finetune.md), or prepare it again"
             )
         try:
             shape = nib.load(case.image).shape

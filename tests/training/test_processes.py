@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import pytest
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
@@ -129,13 +130,16 @@ def test_saved_without_the_wrapping(outputs):
 
 
 @pytest.mark.parametrize("network", ["unet", "controlnet"])
-def test_networks_are_sharded_block_by_block(network, monkeypatch):
+def test_networks_are_sharded_block_by_block(network):
     """accelerate would refuse a class of blocks that a network does not have."""
     model = getattr(make_pipeline(with_mask_networks=False), network)
-    for name, value in launched_environment("--config_file", str(CONFIGS / "fsdp.yaml")).items():
-        if name.startswith("FSDP"):
-            monkeypatch.setenv(name, value)
-    is_sharded = fsdp2_prepare_auto_wrap_policy(FullyShardedDataParallelPlugin(), model)
+    config = yaml.safe_load((CONFIGS / "fsdp.yaml").read_text())["fsdp_config"]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=config["fsdp_version"],
+        auto_wrap_policy=config["fsdp_auto_wrap_policy"].lower(),
+        transformer_cls_names_to_wrap=config.get("fsdp_transformer_layer_cls_to_wrap"),
+    )
+    is_sharded = fsdp2_prepare_auto_wrap_policy(plugin, model)
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     assert len(blocks) >= 3 and all(is_sharded(block) for block in blocks) and not is_sharded(model.conv_in)
 
