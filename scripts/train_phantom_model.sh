@@ -5,7 +5,7 @@
 #
 # The argument is a folder for what is made on the way, about 4 GB. On two CPU cores it takes some hours. Run it again to
 # go on where it was interrupted; every stage resumes. The model is written to maisi_diffusers/pretrained.
-# Of the recipe the phantoms and the image VAE have been made; the settings of the rest are guesses.
+# Of the recipe the phantoms, the image VAE and the image UNet have been made; the settings of the rest are guesses.
 set -euo pipefail
 
 work=${1:?give a folder for what is made on the way}
@@ -41,10 +41,10 @@ train train_vae vae --vae_model_name_or_path "$work/linear-vae" --data_list "$wo
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \
-    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 6000 --learning_rate 1e-3 \
+    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 4500 --learning_rate 1e-3 \
     --lr_warmup_steps 100 --use_ema --ema_decay 0.998
 train train_controlnet controlnet --pretrained_model_name_or_path "$work/unet" --controlnet_model_name_or_path unet \
-    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 5000 --learning_rate 1e-3 \
+    --data_list "$work/latents/latents.json" --train_batch_size 1 --max_train_steps 3500 --learning_rate 1e-3 \
     --lr_warmup_steps 100 --use_ema --ema_decay 0.998
 
 # 3. Label maps: the mask VAE and the UNet on its latents.

@@ -112,9 +112,8 @@ class MaisiMaskDatabase:
                     f"{str(self.candidates)!r} has neither a folder 'masks' nor a 'masks.zip' nor the label maps "
                     "beside it; download them, or give masks= with the folder or .zip of the label maps."
                 )
-        if not callable(masks):
-            folder_or_zip = Path(os.path.abspath(masks))
-        self._fetch = masks if callable(masks) else lambda pattern: folder_or_zip
+        place = None if callable(masks) else Path(os.path.abspath(masks))
+        self._fetch = masks if callable(masks) else lambda pattern: place
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, num_processes: int = 1) -> Self:

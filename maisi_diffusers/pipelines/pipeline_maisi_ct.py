@@ -921,11 +921,11 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         device = self._execution_device
         edit = repainted = None
         if repaint_labels is not None:
-            repainted = [label_index(one, self.vocabulary) for one in repaint_labels]
+            indices = [label_index(one, self.vocabulary) for one in repaint_labels]
+            repainted = {index: label_name(index, self.vocabulary) for index in indices}
         if image is not None:
-            names = {label: label_name(label, self.vocabulary) for label in repainted or ()}
             edit = prepare_edit(
-                image, mask, mask_vocabulary, label_maps[0], names or None, feather, self.vae, modality, device
+                image, mask, mask_vocabulary, label_maps[0], repainted, feather, self.vae, modality, device
             )
 
         # 3. Prepare conditions
@@ -941,7 +941,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             if guidance_scale > 0:
                 without_tumors = [remove_tumors(array, spacing, self.tumors) for array in arrays]
                 has_baseline |= not all(map(np.array_equal, arrays, without_tumors))
-                uncond_embedding = self.embed_label_maps(without_tumors, num_images, device)
+                if has_baseline:
+                    uncond_embedding = self.embed_label_maps(without_tumors, num_images, device)
                 del without_tumors
         if guidance_scale > 0 and not has_baseline:
             warnings.warn(
@@ -984,7 +985,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                     images[i] = hu  # not on the device, where the next one needs the memory
                 if labels is not None:
                     # Of a CT that is repainted in part, only what is new can be at fault.
-                    checked = labels if repainted is None else np.where(np.isin(labels, repainted), labels, 0)
+                    checked = labels if repainted is None else np.where(np.isin(labels, list(repainted)), labels, 0)
                     qualities[i] = self.check_quality(hu, checked, modality)
             is_final = attempts[wanted[0]] > quality_retries or latents is not None or self.interrupt
             failed = [i for i in wanted if qualities[i] is not None and not qualities[i]["passed"]]

@@ -180,7 +180,10 @@ class Trainer:
                         f"{name} was {before.get(name)} and is {settings[name]}: the run goes on with other batches "
                         "than it would have had"
                     )
-            given = [[dict(group, params=None) for group in one.param_groups] for one in accelerator._optimizers]
+            given = [
+                [{name: group[name] for name in group if name not in ("params", "lr")} for group in one.param_groups]
+                for one in accelerator._optimizers
+            ]
             try:
                 accelerator.load_state(str(checkpoint))
             except (RuntimeError, ValueError, FileNotFoundError) as error:  # other weights, or files of another option
@@ -199,10 +202,11 @@ class Trainer:
                 temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
     def _set_options(self, given: list[list[dict]]) -> None:
-        """Options of the optimisers as they are given now; a checkpoint has brought its own."""
+        """Options of the optimisers as they are given now, and the learning rates that follow; a checkpoint
+        has brought its own."""
         for optimizer, groups in zip(self.accelerator._optimizers, given):
             for group, options in zip(optimizer.param_groups, groups):
-                group.update({name: value for name, value in options.items() if name not in ("params", "lr")})
+                group.update(options)
         for wrapped in self.accelerator._schedulers:
             scheduler = wrapped.scheduler
             groups = scheduler.optimizer.param_groups

@@ -34,10 +34,6 @@ class JSONLinesTracker(GeneralTracker):
         return self.path
 
     @on_main_process
-    def store_init_configuration(self, values: dict) -> None:
-        """Settings are in `args.json`, not here."""
-
-    @on_main_process
     def log(self, values: dict, step: int | None = None, **kwargs) -> None:
         """Append the numbers of a step."""
         with self.path.open("a") as file:

@@ -159,8 +159,9 @@ def test_nothing_is_made_where_nothing_changes(ct, monkeypatch):
 
 def test_on_the_device_of_the_pipeline(pipe, ct, monkeypatch):
     """Not on the VAE's, which offloading leaves elsewhere between its calls."""
+    expected = edit(pipe, ct, repaint_labels=[26]).images[0]
     monkeypatch.setattr(type(pipe.vae), "device", property(lambda vae: torch.device("meta")))
-    edit(pipe, ct, repaint_labels=[26])
+    assert np.array_equal(edit(pipe, ct, repaint_labels=[26]).images[0].dataobj, expected.dataobj)
 
 
 def test_labels_that_are_nowhere(pipe, ct):
