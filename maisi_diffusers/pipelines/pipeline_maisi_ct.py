@@ -374,7 +374,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 "give e.g. body_region=['chest']"
             )
         num_class_embeds = self.unet.config.num_class_embeds
-        if num_class_embeds is None and modality != modality_code(self.config.modality):
+        if num_class_embeds is None and is_ct(modality) != is_ct(modality_code(self.config.modality)):
             raise ValueError(
                 f"this model was trained for {self.config.modality!r} alone and cannot make modality code {modality}: "
                 "leave modality out"

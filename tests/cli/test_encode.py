@@ -529,7 +529,7 @@ def test_what_the_latents_are_like_is_in_their_list(encode, real_data, output, t
     encode(real_data, vae=tmp_path / "vae")
     data_list = read_data_list(output / "latents.json")
     assert (data_list.latent_channels, data_list.spatial_compression_ratio) == (6, 2)
-    assert check_cases(data_list, in_full=True) == []
+    assert check_cases(data_list) == []
 
 
 def test_folder_of_label_maps(encode, data, output, mask_vae, encoded_labels):

@@ -205,12 +205,6 @@ CASES = {
         "has none",
         "leave one out",
     ),
-    "contrast of a model that is not told": (
-        "ddpm",
-        IMAGE_ONLY | {"body_region": ["chest"], "modality": "ct_contrast"},
-        "'ct' alone",
-        "leave modality out",
-    ),
     "MR from a CT model": (
         "ddpm",
         IMAGE_ONLY | {"body_region": ["chest"], "modality": "t1"},
