@@ -1,16 +1,19 @@
 r"""
-Train the ControlNet of MAISI: fine-tune it to a new class, or train one from the UNet.
+Train the ControlNet of MAISI: fine-tune it to a new class, or train one from the UNet, or both together.
 
 Example:
 
 ```bash
 accelerate launch scripts/train_controlnet.py --pretrained_model_name_or_path maisi-rflow-ct \
     --data_list latents/latents.json --output_dir kidney-tumor --weighted_loss 100 --max_train_steps 2000
+accelerate launch scripts/train_controlnet.py --pretrained_model_name_or_path young-model --train_unet \
+    --data_list latents/latents.json --output_dir model --max_train_steps 100000
 ```
 """
 
 import argparse
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,13 +22,14 @@ from accelerate.logging import get_logger
 from maisi_diffusers import MaisiControlNetModel, MaisiCTPipeline
 from maisi_diffusers.files import write_files_atomically
 from maisi_diffusers.training.arguments import add_optimizer_arguments, add_run_arguments, parse_args
-from maisi_diffusers.training.base_model import add_model_arguments, load_base_model
+from maisi_diffusers.training.base_model import add_model_arguments, load_base_model, new_controlnet
 from maisi_diffusers.training.data_list import DataList, read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
 from maisi_diffusers.training.loop import Trainer
-from maisi_diffusers.training.objectives import ControlNetObjective
+from maisi_diffusers.training.objectives import ControlNetObjective, DiffusionObjective
 from maisi_diffusers.training.optimizers import make_lr_scheduler, make_optimizer
 from maisi_diffusers.training.preflight import check_training_cases
+from maisi_diffusers.training.randomness import case_generator
 from maisi_diffusers.training.run import (
     averaged,
     is_sharded,
@@ -76,6 +80,23 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--use_lora", action="store_true", help="train a small adapter instead of the whole network")
     group.add_argument("--rank", type=int, default=16, help="of the adapter")
     group.add_argument("--lora_alpha", type=int, help="of the adapter; its rank if not given")
+    group.add_argument(
+        "--train_unet",
+        action="store_true",
+        help="train the UNet too and save the whole model: for one that is made from nothing, which learns faster so",
+    )
+    group.add_argument(
+        "--controlnet_dropout",
+        type=float,
+        default=0.4,
+        help="share of the steps in which --train_unet trains the UNet alone, so that it needs no label map",
+    )
+    group.add_argument(
+        "--modality_dropout",
+        type=float,
+        default=0.0,
+        help="share of cases whose modality is dropped to 0, and of those where it becomes its parent, ct or mri",
+    )
     group.add_argument("--use_ema", action="store_true", help="save averaged weights")
     group.add_argument("--ema_decay", type=float, default=0.9999)
     group = parser.add_argument_group("validation")
@@ -92,10 +113,7 @@ def load_controlnet(args: argparse.Namespace, pipe: MaisiCTPipeline, data_list: 
     elif source is None and pipe.controlnet is not None:
         controlnet = pipe.controlnet
     else:
-        # As published for a VAE that halves the axes twice, and the same as far as another VAE's goes.
-        times, channels = pipe.vae.spatial_compression_ratio.bit_length(), (8, 32, 64)
-        channels = channels[:times] + channels[-1:] * (times - len(channels))
-        controlnet = MaisiControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=channels)
+        controlnet = new_controlnet(pipe)
     controlnet.add_classes(data_list.label_names, data_list.tumor_organs)
     if args.use_lora:
         try:
@@ -126,8 +144,12 @@ def train(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     if not held_out:
         logger.info("all cases are of one fold: all are for training, none for validation")
-    if (args.use_ema or args.use_lora) and is_sharded(accelerator):
-        raise ValueError("--use_ema and --use_lora need whole networks, not FSDP or DeepSpeed: leave them out")
+    if (args.use_ema or args.use_lora or args.train_unet) and is_sharded(accelerator):
+        raise ValueError(
+            "--use_ema, --use_lora and --train_unet need whole networks, not FSDP or DeepSpeed: leave them out"
+        )
+    if args.use_lora and args.train_unet:
+        raise ValueError("--use_lora trains an adapter of the ControlNet alone: leave it or --train_unet out")
 
     # 1. Networks
     pipe = load_base_model(args)
@@ -135,13 +157,14 @@ def train(args: argparse.Namespace) -> None:
     check_training_cases(data_list, pipe.unet, pipe.vae.spatial_compression_ratio, args.train_batch_size, True)
     pipe.register_to_config(input_rules=None)  # validation samples on the grids of the data
     pipe.vae.requires_grad_(False).eval()
-    pipe.unet.requires_grad_(False).eval().to(accelerator.device)
-    if accelerator.mixed_precision in HALF:
+    pipe.unet.requires_grad_(args.train_unet).train(args.train_unet).to(accelerator.device)
+    if accelerator.mixed_precision in HALF and not args.train_unet:
         pipe.unet.to(HALF[accelerator.mixed_precision])
     if args.gradient_checkpointing:
         pipe.controlnet.enable_gradient_checkpointing()
         pipe.unet.enable_gradient_checkpointing()
-    trained = [parameter for parameter in pipe.controlnet.parameters() if parameter.requires_grad]
+    networks = (pipe.controlnet, pipe.unet)
+    trained = [one for one in chain(*(network.parameters() for network in networks)) if one.requires_grad]
     ema = make_ema(accelerator, trained, args.ema_decay) if args.use_ema else None
 
     # 2. Data, optimiser
@@ -154,11 +177,16 @@ def train(args: argparse.Namespace) -> None:
         latent_channels=pipe.unet.config.in_channels,
     )
     dataloader = torch.utils.data.DataLoader(
-        make_dataset(train_cases), args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers
+        make_dataset(train_cases, modality_dropout=args.modality_dropout),
+        args.train_batch_size,
+        shuffle=True,
+        num_workers=args.dataloader_num_workers,
     )
     optimizer = make_optimizer(trained, args)
     controlnet, optimizer, dataloader = accelerator.prepare(pipe.controlnet, optimizer, dataloader)
-    trainer = Trainer(accelerator, args, dataloader, train_cases, [controlnet])
+    unet = accelerator.prepare(pipe.unet) if args.train_unet else pipe.unet
+    models = [controlnet, unet] if args.train_unet else [controlnet]
+    trainer = Trainer(accelerator, args, dataloader, train_cases, models)
     lr_scheduler = accelerator.prepare(
         make_lr_scheduler(optimizer, args, trainer.max_train_steps, accelerator.num_processes)
     )
@@ -169,7 +197,8 @@ def train(args: argparse.Namespace) -> None:
     objective = ControlNetObjective(
         controlnet,
         pipe.controlnet.config,
-        pipe.unet,
+        unet,
+        pipe.unet.config,
         pipe.scheduler,
         pipe.vae.config.scaling_factor,
         pipe.vae.spatial_compression_ratio,
@@ -181,9 +210,21 @@ def train(args: argparse.Namespace) -> None:
         num_processes=accelerator.num_processes,
     )
 
+    alone = DiffusionObjective(unet, pipe.unet.config, pipe.scheduler, pipe.vae.config.scaling_factor)
+
+    def is_alone(step: int) -> bool:
+        """Whether a step leaves the ControlNet out: the same on all processes."""
+        draw = torch.rand((), generator=case_generator(args.seed, 0, step, "controlnet dropout"))
+        return args.train_unet and draw.item() < args.controlnet_dropout
+
     def train_step(batch: dict) -> dict[str, torch.Tensor]:
-        losses = objective(batch)
-        trainer.update(losses["loss"], controlnet, optimizer, lr_scheduler)
+        if is_alone(trainer.global_step):
+            loss = alone(batch)["loss"]
+            losses = {"unet_loss": loss}
+        else:
+            losses = objective(batch)
+            loss = losses["loss"]
+        trainer.update(loss, chain(*(model.parameters() for model in models)), optimizer, lr_scheduler)
         if ema is not None and accelerator.sync_gradients:
             ema.step(trained)
         return losses
@@ -191,7 +232,7 @@ def train(args: argparse.Namespace) -> None:
     def validate(step: int) -> dict[str, float]:
         folder = Path(args.output_dir, "validation", f"step-{step}")
         cases = held_out[: args.num_validation_images]
-        with averaged(ema, pipe.controlnet):
+        with averaged(ema, trained):
             loss = mean_loss(objective, make_dataset(held_out), accelerator.device)
             pipe.vae.to(accelerator.device)
             medians = sample_cases(pipe, cases, folder, args.validation_num_inference_steps, args.seed)
@@ -203,13 +244,22 @@ def train(args: argparse.Namespace) -> None:
     save = save_adapter if args.use_lora else MaisiControlNetModel.save_pretrained
 
     def save_model(checkpoint: Path) -> None:
-        save_trained(accelerator, controlnet, ema, lambda model: save(model, checkpoint / "controlnet"))
+        with averaged(ema, trained):
+            save_trained(accelerator, controlnet, lambda model: save(model, checkpoint / "controlnet"))
+            if args.train_unet:
+                save_trained(accelerator, unet, lambda model: model.save_pretrained(checkpoint / "unet"))
 
     trainer.fit(train_step, save_model, validate if held_out else None)
 
     # 4. Results
-    with write_files_atomically(args.output_dir) as temporary:
-        save_trained(accelerator, controlnet, ema, lambda model: save(model, temporary))
+    def save_result(model: MaisiControlNetModel) -> None:
+        if args.train_unet:
+            pipe.save_pretrained(temporary)
+        else:
+            save(model, temporary)
+
+    with write_files_atomically(args.output_dir) as temporary, averaged(ema, trained):
+        save_trained(accelerator, controlnet, save_result)
     if accelerator.is_main_process:
         write_model_card(
             Path(args.output_dir),

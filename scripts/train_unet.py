@@ -72,6 +72,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--noise_scheduler", choices=["rflow", "ddpm"], help="of a new UNet; the model's own, or rflow, if not given"
     )
     parser.add_argument(
+        "--base_img_size_numel",
+        type=int,
+        help="latent voxels at which timesteps of a new rectified flow are even; larger latents get more noise; "
+        "32768, as published, if not given",
+    )
+    parser.add_argument(
         "--scaling_factor",
         type=float,
         help="of the latents; a new UNet's is 1 over the standard deviation of the first batch if not given",
@@ -114,8 +120,13 @@ def load_pipeline(args: argparse.Namespace) -> MaisiCTPipeline | MaisiMaskPipeli
         unet = MaisiUNet3DConditionModel.from_config(config)
     check_parts(base, vae, unet)
     is_new_scheduler = args.noise_scheduler is not None or base is None
+    if args.base_img_size_numel is not None and (args.noise_scheduler == "ddpm" or not is_new_scheduler):
+        raise ValueError(
+            "--base_img_size_numel is of a new rectified flow: add --noise_scheduler rflow, or leave it out"
+        )
     if is_new_scheduler:
-        scheduler = DDPMScheduler(**DDPM) if args.noise_scheduler == "ddpm" else MaisiRFlowScheduler()
+        even_at = {} if args.base_img_size_numel is None else {"base_img_size_numel": args.base_img_size_numel}
+        scheduler = DDPMScheduler(**DDPM) if args.noise_scheduler == "ddpm" else MaisiRFlowScheduler(**even_at)
     settings = {}
     if base is not None:
         settings = {
@@ -213,7 +224,8 @@ def train(args: argparse.Namespace) -> None:
     unet.train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    ema = make_ema(accelerator, unet.parameters(), args.ema_decay) if args.use_ema else None
+    trained = list(unet.parameters())
+    ema = make_ema(accelerator, trained, args.ema_decay) if args.use_ema else None
 
     # 2. Data, optimiser
     channels = unet.config.in_channels
@@ -224,7 +236,7 @@ def train(args: argparse.Namespace) -> None:
     dataloader = torch.utils.data.DataLoader(
         dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers
     )
-    optimizer = make_optimizer(unet.parameters(), args)
+    optimizer = make_optimizer(trained, args)
     model, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
     trainer = Trainer(accelerator, args, dataloader, train_cases, [model])
     lr_scheduler = accelerator.prepare(
@@ -244,16 +256,16 @@ def train(args: argparse.Namespace) -> None:
 
     def train_step(batch: dict) -> dict[str, torch.Tensor]:
         losses = objective(batch)
-        trainer.update(losses["loss"], model, optimizer, lr_scheduler)
+        trainer.update(losses["loss"], model.parameters(), optimizer, lr_scheduler)
         if ema is not None and accelerator.sync_gradients:
-            ema.step(unet.parameters())
+            ema.step(trained)
         return losses
 
     def validate(step: int) -> dict[str, float]:
         folder = Path(args.output_dir, "validation", f"step-{step}")
         cases = held_out[: args.num_validation_images]
         sample = sample_masks if is_of_masks else sample_unconditioned
-        with averaged(ema, unet):
+        with averaged(ema, trained):
             loss = mean_loss(objective, validation_set, accelerator.device)
             vae.to(accelerator.device)
             sample(pipe, cases, folder, args.validation_num_inference_steps, args.seed)
@@ -262,18 +274,19 @@ def train(args: argparse.Namespace) -> None:
         return {"validation_loss": loss}
 
     def save_model(checkpoint: Path) -> None:
-        save_trained(accelerator, model, ema, lambda model: model.save_pretrained(checkpoint / unet_name))
+        with averaged(ema, trained):
+            save_trained(accelerator, model, lambda model: model.save_pretrained(checkpoint / unet_name))
 
     trainer.fit(train_step, save_model, validate if held_out else None)
 
     # 4. Results: a pipeline that makes images without label maps, or label maps
-    with write_files_atomically(args.output_dir) as temporary:
+    with write_files_atomically(args.output_dir) as temporary, averaged(ema, trained):
 
         def save_pipeline(model: MaisiUNet3DConditionModel) -> None:
             pipe.register_modules(**{unet_name: model})
             pipe.save_pretrained(temporary)
 
-        save_trained(accelerator, model, ema, save_pipeline)
+        save_trained(accelerator, model, save_pipeline)
     if accelerator.is_main_process:
         kind = "A MAISI pipeline of label maps" if is_of_masks else "An image-only MAISI pipeline"
         use = "" if is_of_masks else ", train a ControlNet for it with `scripts/train_controlnet.py`"

@@ -218,12 +218,12 @@ def train(args: argparse.Namespace) -> None:
         reconstruction, mean, logvar = model(objective.vae_input(batch), draws(batch, "posterior"))
         losses = objective.losses(batch, reconstruction.float()) | {"kl_loss": kl_loss(mean, logvar)}
         loss = sum(weights[name] * value for name, value in losses.items())
-        trainer.update(loss, model, optimizers[0], lr_schedulers[0])
+        trainer.update(loss, model.parameters(), optimizers[0], lr_schedulers[0])
 
         if discriminator is not None:
             fake, real = discriminator(torch.cat([reconstruction.detach(), batch["image"]])).float().chunk(2)
             discriminator_loss = (adversarial_loss(fake, is_real=False) + adversarial_loss(real, is_real=True)) / 2
-            trainer.update(discriminator_loss, discriminator, optimizers[1], lr_schedulers[1])
+            trainer.update(discriminator_loss, discriminator.parameters(), optimizers[1], lr_schedulers[1])
             losses["discriminator_loss"] = discriminator_loss
         return {"loss": loss, **losses}
 
@@ -236,11 +236,9 @@ def train(args: argparse.Namespace) -> None:
         return {f"validation_{name}": torch.stack([one[name] for one in metrics]).mean().item() for name in metrics[0]}
 
     def save_networks(folder: Path) -> None:
-        save_trained(accelerator, model, None, lambda model: model.vae.save_pretrained(folder))
+        save_trained(accelerator, model, lambda model: model.vae.save_pretrained(folder))
         if discriminator is not None:
-            save_trained(
-                accelerator, discriminator, None, lambda model: model.save_pretrained(folder / "discriminator")
-            )
+            save_trained(accelerator, discriminator, lambda model: model.save_pretrained(folder / "discriminator"))
 
     def save_model(checkpoint: Path) -> None:
         save_networks(checkpoint / "vae")

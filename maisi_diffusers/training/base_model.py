@@ -4,6 +4,7 @@ import argparse
 
 from diffusers import DiffusionPipeline
 
+from ..models import MaisiControlNetModel
 from ..pipelines import MaisiCTPipeline, MaisiMaskPipeline
 
 
@@ -52,3 +53,11 @@ def load_any_base_model(args: argparse.Namespace) -> MaisiCTPipeline | MaisiMask
                 args.pretrained_model_name_or_path, variant=args.variant, **hub_kwargs
             )
     return load_base_model(args)
+
+
+def new_controlnet(pipe: MaisiCTPipeline) -> MaisiControlNetModel:
+    """A ControlNet to train for the pipeline's UNet and VAE, as published for a VAE that halves the axes twice."""
+    # And the same as far as another VAE's goes.
+    times, channels = pipe.vae.spatial_compression_ratio.bit_length(), (8, 32, 64)
+    channels = channels[:times] + channels[-1:] * (times - len(channels))
+    return MaisiControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=channels)

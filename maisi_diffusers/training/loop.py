@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -126,16 +126,16 @@ class Trainer:
     def update(
         self,
         loss: torch.Tensor,
-        model: torch.nn.Module,
+        parameters: Iterable[torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     ) -> None:
-        """Backward, clip, step: changes the model's weights when gradients have been accumulated."""
+        """Backward, clip, step: changes the parameters, of prepared models, when gradients have been accumulated."""
         accelerator = self.accelerator
         self._check_finite(loss, "loss")
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            norm = accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
+            norm = accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf)
             if accelerator.scaler is None and norm is not None:  # a scaler passes over such steps by itself
                 self._check_finite(norm, "norm of the gradients")
         optimizer.step()

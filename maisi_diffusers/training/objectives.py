@@ -41,12 +41,13 @@ class DiffusionObjective:
 class ControlNetObjective:
     """
     L1 between the steered UNet's prediction and its target, new classes weighted, optionally with the
-    region-contrastive loss. The UNet is frozen: nothing before its middle block is differentiated.
+    region-contrastive loss. If the UNet is frozen, nothing before its middle block is differentiated.
 
     Args:
         controlnet: the ControlNet, wrapped for distributed training or not.
         controlnet_config: its config.
-        unet: the frozen UNet, in any dtype.
+        unet: the UNet, frozen and in any dtype, or trained too and wrapped or not.
+        unet_config: its config.
         scheduler: adds the noise and says what is predicted.
         scaling_factor: of the latents.
         ratio: voxels of a label map to a latent voxel, along each axis.
@@ -61,6 +62,7 @@ class ControlNetObjective:
     controlnet: MaisiControlNetModel
     controlnet_config: dict
     unet: MaisiUNet3DConditionModel
+    unet_config: dict
     scheduler: SchedulerMixin
     scaling_factor: float
     ratio: int = 4
@@ -112,11 +114,11 @@ class ControlNetObjective:
             class_labels=class_labels,
             return_dict=False,
         )
-        dtype = self.unet.dtype
+        dtype = next(self.unet.parameters()).dtype
         return self.unet(
             latents.to(dtype),
             batch["timesteps"],
-            **unet_conditions(batch, self.unet.config),
+            **unet_conditions(batch, self.unet_config),
             down_block_additional_residuals=tuple(sample.to(dtype) for sample in down_block_res_samples),
             mid_block_additional_residual=mid_block_res_sample.to(dtype),
             return_dict=False,

@@ -66,12 +66,11 @@ def make_ema(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter],
 
 
 @contextmanager
-def averaged(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
-    """The averages in the place of a model's trained weights, meanwhile; without averages, the weights as they are."""
+def averaged(ema: EMAModel | None, trained: list[torch.nn.Parameter]) -> Iterator[None]:
+    """The averages in the place of the trained weights, meanwhile; without averages, the weights as they are."""
     if ema is None:
         yield
         return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ema.store(trained)
     ema.copy_to(trained)
     try:
@@ -80,19 +79,13 @@ def averaged(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
         ema.restore(trained)
 
 
-def save_trained(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    ema: EMAModel | None,
-    save: Callable[[torch.nn.Module], None],
-) -> None:
+def save_trained(accelerator: Accelerator, model: torch.nn.Module, save: Callable[[torch.nn.Module], None]) -> None:
     """
     Gather a wrapped model, sharded or not, and have `save` write it from the main process; called on every process.
 
     Args:
         accelerator: has prepared the model.
         model: the model as it was prepared.
-        ema: averages of its trained weights to save in their place.
         save: writes the unwrapped model.
     """
     unwrapped = accelerator.unwrap_model(model)
@@ -103,8 +96,7 @@ def save_trained(
             whole.load_state_dict(weights)
             save(whole)
     elif accelerator.is_main_process:
-        with averaged(ema, unwrapped):
-            save(unwrapped)
+        save(unwrapped)
     accelerator.wait_for_everyone()
 
 

@@ -128,9 +128,8 @@ def assert_same_step(loss: torch.Tensor, reference: torch.Tensor, network, refer
 
 def controlnet_objective(pair, **losses) -> ControlNetObjective:
     pipe = pair.pipe
-    return ControlNetObjective(
-        pipe.controlnet, pipe.controlnet.config, pipe.unet, pipe.scheduler, pipe.vae.config.scaling_factor, **losses
-    )
+    networks = pipe.controlnet, pipe.controlnet.config, pipe.unet, pipe.unet.config
+    return ControlNetObjective(*networks, pipe.scheduler, pipe.vae.config.scaling_factor, **losses)
 
 
 @pytest.mark.parametrize("contrast_weight", [0.0, 0.01, 1.0])

@@ -45,7 +45,9 @@ def pipe():
 
 
 def make_objective(pipe, **kwargs):
-    return ControlNetObjective(pipe.controlnet, pipe.controlnet.config, pipe.unet, pipe.scheduler, FACTOR, **kwargs)
+    return ControlNetObjective(
+        pipe.controlnet, pipe.controlnet.config, pipe.unet, pipe.unet.config, pipe.scheduler, FACTOR, **kwargs
+    )
 
 
 def test_what_rectified_flow_learns():

@@ -91,7 +91,9 @@ def test_same_weights_same_results(validated):
 
 def make_objective(pipe, controlnet):
     factor, weights = pipe.vae.config.scaling_factor, {"weighted_labels": (NEW_LABEL,), "weighted_loss": 100.0}
-    return ControlNetObjective(controlnet, controlnet.config, pipe.unet, pipe.scheduler, factor, **weights)
+    return ControlNetObjective(
+        controlnet, controlnet.config, pipe.unet, pipe.unet.config, pipe.scheduler, factor, **weights
+    )
 
 
 def test_validation_loss(validated, pipe, held_out):
