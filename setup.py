@@ -12,6 +12,7 @@ TRAIN = ["peft>=0.21", "tensorboard>=2.20"]
 TEST = [
     "pytest>=9.0",
     "pytest-xdist>=3.8",
+    "pytest-timeout>=2.4",
     "monai>=1.6.1",
     "einops>=0.8.2",
     *TRAIN,

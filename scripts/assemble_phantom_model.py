@@ -4,8 +4,8 @@ Put the trained parts of the embedded model, its label maps and its anatomy size
 Example:
 
 ```bash
-python scripts/assemble_phantom_model.py --image_model work/unet --controlnet work/controlnet --mask_model work/masks \
-    --label_maps work/database --anatomy_sizes work/mask-phantoms/dataset.json --output_dir maisi-phantom-tiny
+python scripts/assemble_phantom_model.py --image_model work/images --mask_model work/masks --label_maps work/database \
+    --anatomy_sizes work/mask-phantoms/dataset.json --output_dir maisi-phantom-tiny
 ```
 
 `scripts/train_phantom_model.sh` trains the parts and calls this.
@@ -19,13 +19,7 @@ from pathlib import Path
 
 import torch
 
-from maisi_diffusers import (
-    PHANTOM_TINY,
-    MaisiControlNetModel,
-    MaisiCTPipeline,
-    MaisiMaskDatabase,
-    MaisiMaskPipeline,
-)
+from maisi_diffusers import PHANTOM_TINY, MaisiCTPipeline, MaisiMaskDatabase, MaisiMaskPipeline
 from maisi_diffusers.files import write_atomically
 from maisi_diffusers.phantom import SIZE_RANGES
 from maisi_diffusers.training.data_list import read_data_list
@@ -37,8 +31,7 @@ SIZE, SPACING = (128, 128, 128), (3.0, 3.0, 3.0)
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """The command line, or a list of arguments instead."""
     parser = argparse.ArgumentParser(description="Put the trained parts of the embedded model together.")
-    parser.add_argument("--image_model", type=Path, required=True, help="pipeline of VAE and image UNet")
-    parser.add_argument("--controlnet", type=Path, required=True)
+    parser.add_argument("--image_model", type=Path, required=True, help="pipeline of VAE, UNet and ControlNet")
     parser.add_argument("--mask_model", type=Path, required=True, help="pipeline of mask VAE and mask UNet")
     parser.add_argument("--label_maps", type=Path, required=True, help="data set whose label maps are the database")
     parser.add_argument("--anatomy_sizes", type=Path, required=True, help="data list whose sizes are to go with it")
@@ -60,7 +53,7 @@ def main(input_args: list[str] | None = None) -> None:
         vae=images.vae,
         unet=images.unet,
         scheduler=images.scheduler,
-        controlnet=MaisiControlNetModel.from_pretrained(args.controlnet),
+        controlnet=images.controlnet,
         mask_vae=masks.mask_vae,
         mask_unet=masks.mask_unet,
         mask_scheduler=masks.mask_scheduler,

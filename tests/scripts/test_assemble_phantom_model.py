@@ -15,9 +15,8 @@ from .training_data import load_script
 def arguments(tmp_path):
     """Parts with random weights, and two phantoms."""
     pipe = make_pipeline()
-    image_model = MaisiCTPipeline(pipe.vae, pipe.unet, pipe.scheduler, num_inference_steps=3, modality="ct")
-    image_model.save_pretrained(tmp_path / "unet")
-    pipe.controlnet.save_pretrained(tmp_path / "controlnet")
+    parts = pipe.vae, pipe.unet, pipe.scheduler, pipe.controlnet
+    MaisiCTPipeline(*parts, num_inference_steps=3, modality="ct").save_pretrained(tmp_path / "images")
     masks = MaisiMaskPipeline(
         pipe.mask_vae, pipe.mask_unet, pipe.mask_scheduler, mask_latent_size=(4, 4, 4), mask_spacing=(24.0,) * 3
     )
@@ -25,8 +24,7 @@ def arguments(tmp_path):
     phantoms = ["--num_cases", "2", "--size", "32", "32", "32", "--spacing", "12", "--other_spacings", "0"]
     load_script("make_phantoms").main(["--output_dir", str(tmp_path / "phantoms"), *phantoms])
     options = {
-        "--image_model": "unet",
-        "--controlnet": "controlnet",
+        "--image_model": "images",
         "--mask_model": "masks",
         "--label_maps": "phantoms",
         "--anatomy_sizes": "phantoms/dataset.json",
@@ -53,7 +51,7 @@ def test_a_whole_model(arguments, tmp_path):
 def test_a_folder_that_is_no_model_is_not_replaced(arguments, tmp_path):
     with pytest.raises(ValueError, match="holds no model: choose another --output_dir"):
         load_script("assemble_phantom_model").main([*arguments, "--output_dir", str(tmp_path)])
-    assert (tmp_path / "unet").is_dir()
+    assert (tmp_path / "images").is_dir()
 
 
 def test_nothing_by_half(arguments, tmp_path):
