@@ -12,7 +12,6 @@ A case depends on its seed alone. Run it again to go on where it was interrupted
 """
 
 import argparse
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from maisi_diffusers.anatomy import regions_from_words
 from maisi_diffusers.training.data_list import DataList, write_data_list
 from maisi_diffusers.training.phantom_dataset import OTHER_SPACINGS, PhantomDataset
+from maisi_diffusers.workers import map_in_processes
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -66,8 +66,8 @@ def main(input_args: list[str] | None = None) -> None:
         num_folds=args.num_folds,
     )
     seeds = range(args.first_seed, args.first_seed + args.num_cases)
-    with multiprocessing.Pool(args.num_processes) as pool:
-        cases = list(tqdm(pool.imap(dataset.make, seeds), total=len(seeds), desc="Phantoms"))
+    made = map_in_processes(dataset.make, seeds, args.num_processes)
+    cases = list(tqdm(made, total=len(seeds), desc="Phantoms"))
     write_data_list(args.output_dir / "dataset.json", DataList(cases))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "maisi_diffusers"
 # Modules of the package that import none of its folders, for all of them to use.
-BASE = {"files", "memory"}
+BASE = {"files", "memory", "workers"}
 MAY_IMPORT = {
     "models": BASE,
     "schedulers": BASE,

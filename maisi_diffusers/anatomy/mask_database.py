@@ -126,7 +126,7 @@ class MaisiMaskDatabase:
 
         Args:
             folder: with label maps in MAISI's vocabulary, any orientation and affine.
-            num_processes: that read them.
+            num_processes: that read them; if more than 1, call this below `if __name__ == "__main__":`.
 
         Raises:
             FileNotFoundError: if there is no such folder, or no label map in it.

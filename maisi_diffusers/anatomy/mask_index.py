@@ -1,10 +1,8 @@
 """The list of a mask database, written from its label maps."""
 
 import json
-import multiprocessing
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..files import write_atomically
 from ..imaging import load_volume, spacing_of, to_ras
+from ..workers import map_in_processes
 from .json_list import read_json_list
 from .label_map import load_label_map
 from .mask_entry import MaskEntry, read_entry
@@ -31,7 +30,7 @@ def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> N
     Args:
         candidates: the JSON list. Where it is there already, label maps older than it are not read again.
         masks: the folder.
-        num_processes: that read label maps.
+        num_processes: that read label maps, see [`map_in_processes`].
 
     Raises:
         FileNotFoundError: if there is no such folder, or no label map in it.
@@ -54,16 +53,15 @@ def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> N
         known = {entry.pseudo_label_filename: entry for entry in read_json_list(candidates, read_entry)}
         entries = {name: known[name] for name in names if name in known and (masks / name).stat().st_mtime < written}
     new, problems, last = [name for name in names if name not in entries], [], time.monotonic()
-    with multiprocessing.Pool(num_processes) if num_processes > 1 else nullcontext() as pool:
-        described = (map if pool is None else pool.imap_unordered)(partial(describe_label_map, masks), new)
-        for name, described_or_problem in tqdm(described, total=len(new), desc="Label maps"):
-            if isinstance(described_or_problem, MaskEntry):
-                entries[name] = described_or_problem
-            else:
-                problems.append(described_or_problem)
-            if time.monotonic() - last > SECONDS_BETWEEN_WRITES:
-                write_entries(candidates, [entries[name] for name in names if name in entries])
-                last = time.monotonic()
+    described = map_in_processes(partial(describe_label_map, masks), new, num_processes)
+    for name, described_or_problem in tqdm(described, total=len(new), desc="Label maps"):
+        if isinstance(described_or_problem, MaskEntry):
+            entries[name] = described_or_problem
+        else:
+            problems.append(described_or_problem)
+        if time.monotonic() - last > SECONDS_BETWEEN_WRITES:
+            write_entries(candidates, [entries[name] for name in names if name in entries])
+            last = time.monotonic()
     if entries:
         write_entries(candidates, [entries[name] for name in names if name in entries])
     if problems:
