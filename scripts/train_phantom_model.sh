@@ -5,7 +5,8 @@
 #
 # The argument is a folder for what is made on the way, about 4 GB. On two CPU cores it takes some hours. Run it again to
 # go on where it was interrupted; every stage resumes. The model is written to maisi_diffusers/pretrained.
-# Of the recipe the phantoms, the image VAE and the image UNet have been made; the settings of the rest are guesses.
+# Of the recipe the phantoms, the networks of images and the mask database have been made; the settings of the rest are
+# guesses.
 set -euo pipefail
 
 work=${1:?give a folder for what is made on the way}

@@ -45,24 +45,27 @@ def test_five_commands(tmp_path, torso_ct, torso_labels):
     commands = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
     assert len(commands) == 5
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    outputs = []
-    for command in commands:
-        run = subprocess.run(
-            ["bash", "-ec", command], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True
-        )
-        assert run.returncode == 0, f"{command}\n{run.stdout}\n{run.stderr}"
-        outputs.append(run.stdout)
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(commands)],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
-    # The new class weighs a hundredfold, so that the loss is mostly its own.
     log = [json.loads(line) for line in (tmp_path / "new-class" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
-    assert len(losses) == 600
-    assert np.mean(losses[-50:]) <= 0.5 * np.mean(losses[:10])
-    held_out = [line["validation_loss"] for line in log if "validation_loss" in line]
-    assert len(held_out) == 3 and held_out[-1] <= 0.5 * losses[0]
+    assert len(losses) == 120 and np.mean(losses[-50:]) < 0.9 * np.mean(losses[:20])
+    # A label that meant nothing has the HU of a bladder now, in the case that was held out.
+    (validation,) = (line for line in log if "validation_loss" in line)
+    ct, segmentation = (np.asarray(nib.load(path).dataobj) for path in (torso_ct, torso_labels))
+    bladder = np.median(ct[totalsegmentator_to_maisi(segmentation.astype(np.uint8)) == label_index("bladder")])
+    assert validation["hu/0-case3_label/bladder phantom"] == pytest.approx(bladder, abs=100)
 
-    assert "bladder phantom (129): in 4 of 4 cases" in outputs[1]
-    assert outputs[4].strip().endswith("129")
+    assert "bladder phantom (129): in 4 of 4 cases" in done.stdout
+    assert done.stdout.strip().endswith("129")
     assert MaisiControlNetModel.from_pretrained(tmp_path / "new-class").config.label_names == {"bladder phantom": 129}
     image = nib.load(tmp_path / "synthetic_ct.nii.gz")
     labels = np.asarray(nib.load(tmp_path / "latents" / "case0_label.nii.gz").dataobj)

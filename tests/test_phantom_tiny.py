@@ -1,0 +1,54 @@
+"""The model inside the package."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from maisi_diffusers import PHANTOM_TINY, MaisiCTPipeline
+from maisi_diffusers.anatomy import LABELS, LUNG_LOBES, TUMORS
+from maisi_diffusers.phantom import make_phantom
+
+from .tiny import seeded
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = MaisiCTPipeline.from_pretrained(PHANTOM_TINY, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_files():
+    """Small, in half precision, and with a card that says what it is not for."""
+    weights = list(PHANTOM_TINY.glob("*/*.safetensors"))
+    assert {path.parent.name for path in weights} == {"vae", "unet", "controlnet"}
+    assert sum(path.stat().st_size for path in PHANTOM_TINY.rglob("*") if path.is_file()) < 30e6
+    assert sum(path.stat().st_size for path in weights) < 25e6
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
+    assert "What it is not for" in (PHANTOM_TINY / "README.md").read_text()
+
+
+def test_mask_database(pipe):
+    """Every region and every tumor can be looked up."""
+    for region in ("head", "chest", "abdomen", "pelvis"):
+        grid = {"output_size": (128, 128, 128), "spacing": (3.0, 3.0, 3.0)}
+        assert pipe.mask_database.find(1, seeded(), body_region=[region], **grid)
+    for tumor in TUMORS:
+        assert any(tumor in entry.label_list for entry in pipe.mask_database.entries), tumor
+
+
+@pytest.mark.slow
+def test_a_ct_for_a_label_map(pipe):
+    """Of a phantom that it has not seen: lungs, liver and bones have the HU of such."""
+    phantom = make_phantom(
+        seed=987_654, body_region=["chest", "abdomen"], size=(128, 128, 128), spacing=(3.0, 3.0, 3.0)
+    )
+    out = pipe(mask=phantom.labels, modality="ct_wo_contrast", num_inference_steps=8, generator=seeded())
+    image, labels = (np.asarray(one[0].dataobj) for one in (out.images, out.labels))
+    assert np.median(image[np.isin(labels, LUNG_LOBES)]) == pytest.approx(-820, abs=80)
+    assert np.median(image[labels == LABELS["liver"]]) == pytest.approx(55, abs=70)
+    assert np.median(image[labels == LABELS["vertebrae L1"]]) > 120
+    assert out.reports[0]["quality"]["passed"]
