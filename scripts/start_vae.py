@@ -1,5 +1,6 @@
 r"""
-Make a VAE that is the best linear one for the CTs of a data list, for `train_vae.py` to go on with.
+Make a VAE that is the best linear one for the CTs of a data list, or for its label maps, for `train_vae.py` to go on
+with.
 
 Example:
 
@@ -17,19 +18,22 @@ import math
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from maisi_diffusers import AutoencoderKLMaisi
+from maisi_diffusers.anatomy import label_bits
 from maisi_diffusers.files import write_atomically
 from maisi_diffusers.training.data_list import read_data_list, split_fold
+from maisi_diffusers.training.latents import encodes_labels
 from maisi_diffusers.training.linear_vae import make_linear
-from maisi_diffusers.training.patches import PatchDataset
+from maisi_diffusers.training.patches import LabelPatchDataset, PatchDataset
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """The command line, or a list of arguments instead."""
-    parser = argparse.ArgumentParser(description="Make a VAE that is the best linear one for the CTs of a data list.")
+    parser = argparse.ArgumentParser(description="Make a VAE that is the best linear one for a data list.")
     parser.add_argument("--vae_config_name_or_path", required=True, help="config of the VAE, a file or a folder")
     parser.add_argument("--data_list", type=Path, required=True)
     parser.add_argument("--fold", type=int, default=0, help="that is left out")
@@ -48,9 +52,13 @@ def main(input_args: list[str] | None = None) -> None:
     set_seed(args.seed)
     vae = AutoencoderKLMaisi.from_config(AutoencoderKLMaisi.load_config(args.vae_config_name_or_path))
     cases, _ = split_fold(read_data_list(args.data_list).cases, args.fold)
-    dataset = PatchDataset(cases[:: math.ceil(len(cases) / args.num_cases)], patch_size=None, augmentation="none")
-    items = (dataset[i]["image"] for i in tqdm(range(len(dataset)), desc="Components"))
-    make_linear(vae, items, args.whitening)
+    cases = cases[:: math.ceil(len(cases) / args.num_cases)]
+    dataset_class = LabelPatchDataset if encodes_labels(vae) else PatchDataset
+    dataset = dataset_class(cases, patch_size=None, augmentation="none")
+    volumes = [dataset[i][dataset.item_name] for i in tqdm(range(len(dataset)), desc="Volumes")]
+    if encodes_labels(vae):
+        volumes = [label_bits(labels[None], torch.uint8)[0] for labels in volumes]
+    make_linear(vae, volumes, args.whitening)
     with write_atomically(args.output_dir) as folder:
         vae.save_pretrained(folder)
 

@@ -157,10 +157,14 @@ def set_twice(conv: nn.Conv3d, weight: torch.Tensor, bias: torch.Tensor) -> None
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+def bits_of_labels() -> torch.Tensor:
+    """Bits (256, 8) of the labels 0 to 255."""
+    return label_bits(torch.arange(NUM_LABELS).view(1, 1, -1, 1, 1))[0].flatten(1).T
+
+
 def intensities_of(layers: Layers) -> torch.Tensor:
     """What layers (weight, bias) with SiLU between them make of the bits of the labels 0 to 255: (256,)."""
-    values = label_bits(torch.arange(NUM_LABELS, dtype=torch.uint8).view(1, 1, -1, 1, 1), torch.float32)
-    values = values.flatten(2)[0].T
+    values = bits_of_labels()
     for i, (weight, bias) in enumerate(layers):
         values = F.linear(values if i == 0 else F.silu(values), weight, bias)
     return values[:, 0]
@@ -173,8 +177,7 @@ def fit_bits(intensities: torch.Tensor, present: torch.Tensor, seed: int) -> tup
     several; and by how much they miss them.
     """
     generator = torch.Generator().manual_seed(seed)
-    bits = label_bits(torch.arange(NUM_LABELS, dtype=torch.uint8).view(1, 1, -1, 1, 1), torch.float32)
-    bits = bits.flatten(2)[0].T[present].expand(RESTARTS, -1, -1)
+    bits = bits_of_labels()[present].expand(RESTARTS, -1, -1)
     mean, deviation = intensities[present].mean(), intensities[present].std().clamp(min=1e-6)
     target = ((intensities[present] - mean) / deviation).expand(RESTARTS, -1)
     weights = [torch.randn(RESTARTS, n, 8, generator=generator).requires_grad_() for n in (8, 8, 1)]

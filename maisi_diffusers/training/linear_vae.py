@@ -1,75 +1,99 @@
 """A VAE that begins as the best linear one: principal components of blocks of voxels, and back."""
 
-from collections.abc import Iterable
-from itertools import product
-
 import torch
 from torch import nn
 
+from ..anatomy import MASK_VAE_LABELS, label_bits
 from ..models import AutoencoderKLMaisi
+from .latents import encodes_labels
 
 # Of what group norms get: so small that with their epsilon of about 1 they leave it nearly as it is.
 SIZE_BEFORE_NORM = 0.25
 LOG_VARIANCE = -12.0
+# Of a mask VAE: by how much a label's logit falls with the squared distance of the bits from its own.
+SHARPNESS = 8.0
 
 
-def components_of_blocks(volumes: Iterable[torch.Tensor], edge: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+def halve(features: torch.Tensor) -> torch.Tensor:
+    """Cubes of 2 x 2 x 2 voxels as channels: (C, X, Y, Z) -> (8 C, X/2, Y/2, Z/2), in the order C, X, Y, Z."""
+    c, x, y, z = features.shape
+    cubes = features.reshape(c, x // 2, 2, y // 2, 2, z // 2, 2).permute(0, 2, 4, 6, 1, 3, 5)
+    return cubes.reshape(8 * c, x // 2, y // 2, z // 2)
+
+
+def principal_components(
+    volumes: list[torch.Tensor], kept: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """
-    Principal components of cubes of voxels.
+    Principal components of cubes of voxels, level by level: those of cubes of 2 x 2 x 2, of these components' cubes
+    again, and so on.
 
     Args:
-        volumes: each (1, X, Y, Z), with axes that divide by `edge`.
-        edge: voxels along an edge of a cube.
+        volumes: each (C, X, Y, Z) of any dtype, with axes that can be halved so many times.
+        kept: how many of each level are kept; all that there are if more.
 
     Returns:
-        the mean of all voxels; the components (edge^3, edge^3), a row each, largest variance first, of the cubes less
-        that mean, in the order X, Y, Z of their voxels; their standard deviations.
+        the means (C,) of the channels and their standard deviations; a basis of every level, (components, 8 times
+        those of the level before), largest variance first, of the channels less their means; the standard deviations
+        of the last level's components.
     """
-    number, sums = 0, torch.zeros(edge**3, dtype=torch.float64)
-    products = torch.zeros(edge**3, edge**3, dtype=torch.float64)
-    for volume in volumes:
-        blocks = volume[0].unfold(0, edge, edge).unfold(1, edge, edge).unfold(2, edge, edge)
-        blocks = blocks.reshape(-1, edge**3).double()
-        number += len(blocks)
-        products += blocks.T @ blocks
-        sums += blocks.sum(0)
-    mean = float(sums.mean()) / number
-    moments = products / number - mean * (sums[:, None] + sums[None, :]) / number + mean**2
-    variances, components = torch.linalg.eigh(moments)
-    return mean, components.flip(1).T, variances.flip(0).clamp(min=0).sqrt()
+    channels = len(volumes[0])
+    voxels = sum(volume[0].numel() for volume in volumes)
+    means = sum(volume.double().flatten(1).sum(1) for volume in volumes) / voxels
+    variances = sum(volume.double().flatten(1).square().sum(1) for volume in volumes) / voxels - means.square()
+
+    def components(volume: torch.Tensor) -> torch.Tensor:
+        features = volume.double() - means.view(-1, 1, 1, 1)
+        for basis in bases:
+            features = torch.einsum("kc,cxyz->kxyz", basis, halve(features))
+        return features
+
+    bases = []
+    for number in kept:
+        width = 8 * (len(bases[-1]) if bases else channels)
+        moments, cubes = torch.zeros(width, width, dtype=torch.float64), 0
+        for volume in volumes:
+            features = halve(components(volume)).flatten(1)
+            moments += features @ features.T
+            cubes += features.shape[1]
+        squares, vectors = torch.linalg.eigh(moments / cubes)
+        bases.append(vectors.flip(1)[:, :number].T)
+    deviations = squares.flip(0)[:number].clamp(min=0).sqrt()
+    return means.float(), variances.clamp(min=0).sqrt().float(), [basis.float() for basis in bases], deviations.float()
 
 
 @torch.no_grad()
-def make_linear(vae: AutoencoderKLMaisi, volumes: Iterable[torch.Tensor], whitening: float) -> None:
+def make_linear(vae: AutoencoderKLMaisi, volumes: list[torch.Tensor], whitening: float) -> None:
     """
     Give a VAE the weights by which its latents are the principal components of the blocks that they stand for, and its
     images what these say. The residual blocks do nothing at first, as far as they do not change the channels.
 
+    A mask VAE says by the bits of its label maps: every label's logit is the larger the nearer its bits are to them.
+
     Args:
-        vae: of images, with transposed convolutions, group norms with an epsilon near 1 and an even number of channels
-            in a group, and enough channels: 8 in the first level, those of the latent in the level before the last,
-            and twice as many in the last.
-        volumes: to learn the components from, each (1, X, Y, Z) in 0..1.
+        vae: of images or of label maps, with transposed convolutions, group norms with an epsilon near 1 and an even
+            number of channels in a group, and enough channels: in the first level twice those that it takes, in the
+            level before the last those of the latent, and twice as many in the last.
+        volumes: to learn the components from, each (1, X, Y, Z) in 0..1, or the bits (8, X, Y, Z) of a label map.
         whitening: 0 leaves the components their variances, 1 gives all of them the same.
 
     Raises:
         ValueError: for a VAE that cannot do it.
     """
-    config, ratio = vae.config, vae.spatial_compression_ratio
-    number, channels = config.latent_channels, config.block_out_channels
-    wanted = [min(8 ** (i + 1), number) for i in range(len(channels) - 1)] + [2 * number]
-    if not config.use_conv_transpose or config.in_channels != 1 or any(has < n for has, n in zip(channels, wanted)):
+    config = vae.config
+    number, channels, inputs = config.latent_channels, config.block_out_channels, config.in_channels
+    wanted = [2 * inputs, *[1] * (len(channels) - 2), 2 * number]
+    wanted[-2] = max(wanted[-2], number)
+    if not config.use_conv_transpose or any(has < n for has, n in zip(channels, wanted)):
         raise ValueError(
-            f"a VAE of block_out_channels={tuple(channels)}, latent_channels={number} and use_conv_transpose="
-            f"{config.use_conv_transpose} cannot be linear: it takes images, transposed convolutions and at least "
-            f"{tuple(wanted)} channels"
+            f"a VAE of block_out_channels={tuple(channels)}, in_channels={inputs}, latent_channels={number} and "
+            f"use_conv_transpose={config.use_conv_transpose} cannot be linear: it takes transposed convolutions and "
+            f"at least {tuple(wanted)} channels"
         )
     last_encoder, last_decoder = (blocks[-1].resnets[0] for blocks in (vae.encoder.blocks, vae.decoder.blocks))
     if last_encoder.conv_shortcut is None or last_decoder.conv_shortcut is None:
         raise ValueError(f"block_out_channels={tuple(channels)}: the first and the last two must differ")
-    mean, components, deviations = components_of_blocks(volumes, ratio)
-    of_image = deviations.square().mean().sqrt().float()
-    components, deviations = components[:number].float(), deviations[:number].float()
+    means, spreads, bases, deviations = principal_components(volumes, [*channels[:-2], number])
 
     for block in (*vae.encoder.blocks, *vae.decoder.blocks):
         for resnet in block.resnets:
@@ -78,25 +102,28 @@ def make_linear(vae: AutoencoderKLMaisi, volumes: Iterable[torch.Tensor], whiten
                 copy_channels(resnet.conv_shortcut)
     for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
         copy_channels(conv)
-    vae.encoder.conv_in.bias[0] = -mean
+    vae.encoder.conv_in.bias[:inputs] = -means
 
-    # The voxels of a cube become channels, level by level, and at the last one these become components; and back.
+    # The voxels of a cube become components, level by level, and back.
     downsamplers = [block.resampler.conv for block in vae.encoder.blocks[:-1]]
     upsamplers = [block.resampler.conv for block in vae.decoder.blocks[:-1]][::-1]
-    for i, (down, up) in enumerate(zip(downsamplers, upsamplers)):
+    for basis, down, up in zip(bases, downsamplers, upsamplers):
         clear(down)
         clear(up)
-        basis = components if i + 1 == len(downsamplers) else torch.eye(8 ** (i + 1))
-        for inner, outer in product(product(range(2**i), repeat=3), product((0, 1), repeat=3)):
-            x, y, z = (2**i * far + near for far, near in zip(outer, inner))
-            column = basis[:, (x * 2 ** (i + 1) + y) * 2 ** (i + 1) + z]
-            channel = (inner[0] * 2**i + inner[1]) * 2**i + inner[2]
-            down.weight[: len(basis), channel, outer[0], outer[1], outer[2]] = column
-            up.weight[: len(basis), channel, 1 + outer[0], 1 + outer[1], 1 + outer[2]] = column
+        kernels = basis.unflatten(1, (-1, 2, 2, 2))
+        down.weight[: len(kernels), : kernels.shape[1], :2, :2, :2] = kernels
+        up.weight[: len(kernels), : kernels.shape[1], 1:, 1:, 1:] = kernels
 
-    through_norm(last_encoder.conv_shortcut, vae.encoder.conv_norm_out, vae.encoder.conv_out, deviations)
-    through_norm(last_decoder.conv_shortcut, vae.decoder.conv_norm_out, vae.decoder.conv_out, of_image[None])
-    vae.decoder.conv_out.bias += mean
+    through_norm(
+        last_encoder.conv_shortcut, vae.encoder.conv_norm_out, vae.encoder.conv_out, deviations, torch.eye(number)
+    )
+    says, constants = torch.eye(inputs), means
+    if encodes_labels(vae):
+        bits = label_bits(torch.tensor(MASK_VAE_LABELS).view(1, 1, -1, 1, 1))[0].flatten(1).T
+        says = 2 * SHARPNESS * bits
+        constants = says @ means - SHARPNESS * bits.square().sum(1)
+    through_norm(last_decoder.conv_shortcut, vae.decoder.conv_norm_out, vae.decoder.conv_out, spreads, says)
+    vae.decoder.conv_out.bias += constants
 
     scales = deviations.clamp(min=1e-6) ** -whitening
     for conv, factors in ((vae.quant_conv, scales), (vae.post_quant_conv, 1 / scales)):
@@ -119,7 +146,9 @@ def copy_channels(conv: nn.Conv3d) -> None:
         conv.weight[i, i, centre, centre, centre] = 1
 
 
-def through_norm(before: nn.Conv3d, norm: nn.GroupNorm, behind: nn.Conv3d, deviations: torch.Tensor) -> None:
+def through_norm(
+    before: nn.Conv3d, norm: nn.GroupNorm, behind: nn.Conv3d, deviations: torch.Tensor, says: torch.Tensor
+) -> None:
     """
     Bring channels through a group norm unchanged, but for what their variance is off what is expected.
 
@@ -128,8 +157,9 @@ def through_norm(before: nn.Conv3d, norm: nn.GroupNorm, behind: nn.Conv3d, devia
     Args:
         before: convolution of kernel 1, whose first input channels are wanted.
         norm: the norm.
-        behind: convolution whose first output channels they become.
+        behind: convolution whose first output channels are to be these, times `says`.
         deviations: their standard deviations.
+        says: a matrix (outputs, channels).
     """
     number, of_group = len(deviations), norm.num_channels // norm.num_groups
     size = SIZE_BEFORE_NORM / deviations.max()
@@ -142,4 +172,6 @@ def through_norm(before: nn.Conv3d, norm: nn.GroupNorm, behind: nn.Conv3d, devia
     for i in range(number):
         for channel, sign in ((2 * i, 1), (2 * i + 1, -1)):
             before.weight[channel, i, 0, 0, 0] = sign * size
-            behind.weight[i, channel, centre, centre, centre] = sign * gain[channel] / (2 * size)
+            behind.weight[: len(says), channel, centre, centre, centre] = (
+                sign * gain[channel] / (2 * size) * says[:, i]
+            )
