@@ -46,7 +46,7 @@ def test_new_adapter_changes_nothing(kind):
     model = build(kind)
     expected = evaluate(model, kind)
     model.add_adapter(adapter_config(kind))
-    assert torch.equal(evaluate(model, kind), expected)
+    assert deviation(evaluate(model, kind), expected) < 1e-5
     assert model.active_adapters() == ["default"]
 
 
@@ -110,17 +110,18 @@ def test_disable_enable_delete(kind):
     model = with_adapter(kind)
     adapted = evaluate(model, kind)
 
+    # With other kernels for the same convolution, sums are rounded otherwise.
     model.disable_adapters()
-    assert torch.equal(evaluate(model, kind), base)
+    assert deviation(evaluate(model, kind), base) < 1e-5
     model.enable_adapters()
     assert torch.equal(evaluate(model, kind), adapted)
     model.disable_lora()
-    assert torch.equal(evaluate(model, kind), base)
+    assert deviation(evaluate(model, kind), base) < 1e-5
     model.enable_lora()
     assert torch.equal(evaluate(model, kind), adapted)
 
     model.delete_adapters("default")
-    assert torch.equal(evaluate(model, kind), base)
+    assert deviation(evaluate(model, kind), base) < 1e-5
     assert not hasattr(model, "peft_config")
 
 
