@@ -5,8 +5,7 @@
 #
 # The argument is a folder for what is made on the way, about 4 GB. On two CPU cores it takes some hours. Run it again to
 # go on where it was interrupted; every stage resumes. The model is written to maisi_diffusers/pretrained.
-# Of the recipe the phantoms, the networks of images and the mask database have been made; the settings of the rest are
-# guesses.
+# Of the recipe all but the UNet of label maps has been made; its settings are guesses.
 set -euo pipefail
 
 work=${1:?give a folder for what is made on the way}
@@ -54,10 +53,14 @@ train train_controlnet images --pretrained_model_name_or_path "$work/unet" --tra
     --data_list "$work/latents/latents.json" --max_train_steps 3200 --learning_rate 1e-3 --lr_warmup_steps 100 \
     --use_ema --ema_decay 0.998
 
-# 3. Label maps: the mask VAE and the UNet on its latents.
-train train_vae mask-vae --vae_config_name_or_path "$configs/mask_vae.json" \
+# 3. Label maps: the mask VAE, which begins as the best linear one, and the UNet on its latents.
+[ -f "$work/linear-mask-vae/config.json" ] || python "$scripts/start_vae.py" --num_cases 16 \
+    --vae_config_name_or_path "$configs/mask_vae.json" --data_list "$work/mask-phantoms/dataset.json" \
+    --output_dir "$work/linear-mask-vae"
+train train_vae mask-vae --vae_model_name_or_path "$work/linear-mask-vae" \
     --data_list "$work/mask-phantoms/dataset.json" --augmentation crop --patch_size 64 64 32 --patches_per_case 4 \
-    --cached_cases 380 --max_train_steps 2000 --learning_rate 2e-3 --lr_warmup_steps 100 --kl_weight 1e-8
+    --cached_cases 380 --max_train_steps 250 --learning_rate 5e-4 --lr_warmup_steps 20 --adam_beta2 0.95 \
+    --kl_weight 1e-10
 python "$scripts/encode_latents.py" --data_list "$work/mask-phantoms/dataset.json" --vae "$work/mask-vae" \
     --posterior mean --size 128 128 128 --output_dir "$work/mask-latents"
 train train_unet masks --vae_model_name_or_path "$work/mask-vae" --unet_config_name_or_path "$configs/mask_unet.json" \
