@@ -68,6 +68,8 @@ def main(input_args: list[str] | None = None) -> None:
         default_output_size=SIZE,
         default_spacing=SPACING,
     )
+    for part in (pipe.vae, pipe.unet, pipe.controlnet, pipe.mask_vae, pipe.mask_unet):
+        part.register_to_config(_name_or_path=PHANTOM_TINY.name)  # not the folder that it happened to be read from
     with write_atomically(args.output_dir) as folder, tempfile.TemporaryDirectory() as database:
         label_maps = Path(database, "masks")
         label_maps.mkdir()

@@ -30,8 +30,8 @@ phantoms phantoms 0 480 --other_spacings 0.25 --tumors 0.4 --num_folds 24
 phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 --body_region chest abdomen
 
 # 2. Images: the VAE, which begins as the best linear one; a UNet on its latents, for a while; and the two of UNet and
-# ControlNet, which begins as the best linear one too. Latents of 32 x 32 x 32 are as much alike as ours from place to
-# place that the noise has to be four times as much as it is usually drawn, for what is to be decided to be open.
+# ControlNet, which begins as the best linear one too. Our latents are so much alike from place to place that their
+# structure shows through the usual noise: base_img_size_numel shifts the timesteps towards noise, by a ratio of 4.
 # At the published weight of the divergence (1e-7, made for larger patches) half of a latent would be noise; and in the
 # mean of the errors the noise of the CTs would outweigh the bones.
 [ -f "$work/linear-vae/config.json" ] || python "$scripts/start_vae.py" --vae_config_name_or_path "$configs/vae.json" \

@@ -43,6 +43,8 @@ def test_a_whole_model(arguments, tmp_path):
     assert len(pipe.mask_database) == len(pipe.anatomy_size_conditions) == 2
     assert pipe.mask_database.load(pipe.mask_database.entries[0]).shape == (32, 32, 32)
     assert pipe.anatomy_size_conditions[1] == [round(size, 3) for size in cases[1].organ_size]
+    for path in (tmp_path / "model").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
     for path in (tmp_path / "model").glob("*/*.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}, path
     assert "not for" in (tmp_path / "model" / "README.md").read_text()
