@@ -1,7 +1,6 @@
 """A ControlNet that begins as the best linear one: it sees the latents that its labels' mean intensities stand for."""
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from torch import nn
 
 from ..anatomy import label_bits
 from ..models import MaisiControlNetModel
+from .linear_vae import halve
 
 NUM_LABELS = 256
 # Of the small network from bits to intensities: chances, steps, rate.
@@ -48,7 +48,7 @@ def cubes_to_latents(
     Least squares from the intensities (256,) of cubes of labels to latents.
 
     Returns:
-        factors (C, ratio^3), voxels in the order X, Y, Z, and constants (C,).
+        factors (C, ratio^3), voxels in the order of [`cubes_of`], and constants (C,).
     """
     squares, products = 0, 0
     for case in cases:
@@ -63,9 +63,10 @@ def cubes_to_latents(
 
 
 def cubes_of(volume: torch.Tensor, edge: int) -> torch.Tensor:
-    """A volume (1, X, Y, Z) as cubes (N, edge^3), their voxels in the order X, Y, Z."""
-    cubes = volume[0].unfold(0, edge, edge).unfold(1, edge, edge).unfold(2, edge, edge)
-    return cubes.reshape(-1, edge**3)
+    """A volume (1, X, Y, Z) as cubes (N, edge^3), their voxels in the order in which [`halve`] nests them."""
+    for _ in range(edge.bit_length() - 1):
+        volume = halve(volume)
+    return volume.flatten(1).T
 
 
 @torch.no_grad()
@@ -108,18 +109,14 @@ def make_linear_condition(controlnet: MaisiControlNetModel, cases: list[Labelled
     for i, conv in enumerate(halvings):
         is_last = i + 1 == len(halvings)
         basis = factors if is_last else torch.eye(8 ** (i + 1))
+        kernels = basis.unflatten(1, (-1, 2, 2, 2))
         weight, bias = torch.zeros(len(basis), *conv.weight.shape[1:]), torch.zeros(len(basis))
-        for inner, outer in product(product(range(2**i), repeat=3), product((0, 1), repeat=3)):
-            x, y, z = (2**i * far + near for far, near in zip(outer, inner))
-            column = basis[:, (x * 2 ** (i + 1) + y) * 2 ** (i + 1) + z]
-            at = (slice(None), slice(None), *(1 + n for n in outer))
-            if i == 0:  # from what the fitted layers leave
-                weight[at][:, : weight_3.shape[1]] += column[:, None] * weight_3[0]
-                bias += column * bias_3
-            else:
-                channel = 2 * ((inner[0] * 2**i + inner[1]) * 2**i + inner[2])
-                weight[at][:, channel] += column
-                weight[at][:, channel + 1] -= column
+        if i == 0:  # from what the fitted layers leave
+            weight[:, : weight_3.shape[1], 1:, 1:, 1:] = kernels * weight_3.view(1, -1, 1, 1, 1)
+            bias = basis.sum(1) * bias_3
+        else:
+            weight[:, : 2 * kernels.shape[1] : 2, 1:, 1:, 1:] = kernels
+            weight[:, 1 : 2 * kernels.shape[1] : 2, 1:, 1:, 1:] = -kernels
         set_twice(conv, weight, bias + constants if is_last else bias)
         if not is_last:
             unchanged = embedding.blocks[2 * i + 2]

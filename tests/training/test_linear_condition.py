@@ -72,7 +72,7 @@ def test_all_of_it_learns():
 
 
 def test_many_labels():
-    """As many as there are, of any intensity: in the mean within a few percent."""
+    """A hundred labels of random intensities: nearer than their mean is."""
     draw = torch.rand(256, generator=torch.Generator().manual_seed(1))
     present = torch.arange(256) < 100
     error, _ = fit_bits(0.5 + 0.1 * (draw - 0.5), present, seed=0)
