@@ -21,7 +21,12 @@ from accelerate.logging import get_logger
 
 from maisi_diffusers import MaisiControlNetModel, MaisiCTPipeline
 from maisi_diffusers.files import write_files_atomically
-from maisi_diffusers.training.arguments import add_optimizer_arguments, add_run_arguments, parse_args
+from maisi_diffusers.training.arguments import (
+    add_loss_argument,
+    add_optimizer_arguments,
+    add_run_arguments,
+    parse_args,
+)
 from maisi_diffusers.training.base_model import add_model_arguments, load_base_model, new_controlnet
 from maisi_diffusers.training.data_list import DataList, read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
@@ -62,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_arguments(parser)
     add_optimizer_arguments(parser, learning_rate=1e-5, lr_scheduler="polynomial", weight_decay=1e-2)
     group = parser.add_argument_group("losses")
+    add_loss_argument(group)
     group.add_argument(
         "--weighted_loss", type=float, default=100.0, help="weight of the voxels of weighted_loss_label"
     )
@@ -92,6 +98,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="share of the steps in which --train_unet trains the UNet alone, so that it needs no label map",
     )
     group.add_argument(
+        "--freeze_condition_embedding",
+        action="store_true",
+        help="keep the embedding of the label map as it is: a large part of a step of a small network, and once it is "
+        "good, as that of start_controlnet.py soon is, the part that learns least",
+    )
+    group.add_argument(
         "--modality_dropout",
         type=float,
         default=0.0,
@@ -115,6 +127,7 @@ def load_controlnet(args: argparse.Namespace, pipe: MaisiCTPipeline, data_list: 
     else:
         controlnet = new_controlnet(pipe)
     controlnet.add_classes(data_list.label_names, data_list.tumor_organs)
+    controlnet.controlnet_cond_embedding.requires_grad_(not args.freeze_condition_embedding)
     if args.use_lora:
         try:
             from peft import LoraConfig
@@ -148,6 +161,8 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(
             "--use_ema, --use_lora and --train_unet need whole networks, not FSDP or DeepSpeed: leave them out"
         )
+    if args.use_lora and args.freeze_condition_embedding:
+        raise ValueError("--use_lora has an adapter of the embedding: leave it or --freeze_condition_embedding out")
     if args.use_lora and args.train_unet:
         raise ValueError("--use_lora trains an adapter of the ControlNet alone: leave it or --train_unet out")
 
@@ -201,6 +216,7 @@ def train(args: argparse.Namespace) -> None:
         pipe.unet.config,
         pipe.scheduler,
         pipe.vae.config.scaling_factor,
+        args.loss_type,
         pipe.vae.spatial_compression_ratio,
         tuple(args.weighted_loss_label),
         args.weighted_loss,
@@ -210,7 +226,7 @@ def train(args: argparse.Namespace) -> None:
         num_processes=accelerator.num_processes,
     )
 
-    alone = DiffusionObjective(unet, pipe.unet.config, pipe.scheduler, pipe.vae.config.scaling_factor)
+    alone = DiffusionObjective(unet, pipe.unet.config, pipe.scheduler, pipe.vae.config.scaling_factor, args.loss_type)
 
     def is_alone(step: int) -> bool:
         """Whether a step leaves the ControlNet out: the same on all processes."""

@@ -36,7 +36,12 @@ from maisi_diffusers import (
 from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY
 from maisi_diffusers.files import write_files_atomically
 from maisi_diffusers.imaging import spacing_of, to_ras
-from maisi_diffusers.training.arguments import add_optimizer_arguments, add_run_arguments, parse_args
+from maisi_diffusers.training.arguments import (
+    add_loss_argument,
+    add_optimizer_arguments,
+    add_run_arguments,
+    parse_args,
+)
 from maisi_diffusers.training.base_model import add_model_arguments, load_any_base_model
 from maisi_diffusers.training.data_list import Case, read_data_list, split_fold
 from maisi_diffusers.training.dataset import LatentDataset
@@ -85,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_arguments(parser)
     add_optimizer_arguments(parser, learning_rate=1e-5, lr_scheduler="polynomial", weight_decay=None)
     group = parser.add_argument_group("what is trained")
+    add_loss_argument(group)
     group.add_argument(
         "--modality_dropout",
         type=float,
@@ -252,7 +258,7 @@ def train(args: argparse.Namespace) -> None:
     logger.info(f"scaling factor {vae.config.scaling_factor}")
 
     # 3. Steps
-    objective = DiffusionObjective(model, unet.config, scheduler, vae.config.scaling_factor)
+    objective = DiffusionObjective(model, unet.config, scheduler, vae.config.scaling_factor, args.loss_type)
 
     def train_step(batch: dict) -> dict[str, torch.Tensor]:
         losses = objective(batch)

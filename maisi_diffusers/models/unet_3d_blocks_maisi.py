@@ -26,8 +26,11 @@ class MaisiBlock3D(nn.Module):
 
 def average_pool(hidden_states: torch.Tensor) -> torch.Tensor:
     """(N, C, X, Y, Z) -> (N, C, X/2, Y/2, Z/2)."""
-    if hidden_states.device.type == "cpu":  # has no kernel for half precision
-        return F.avg_pool3d(hidden_states.float(), kernel_size=2).to(hidden_states.dtype)
+    if hidden_states.device.type == "cpu":  # has no kernel for half precision, and none that keeps a memory format
+        is_last = hidden_states.is_contiguous(memory_format=torch.channels_last_3d)
+        memory_format = torch.channels_last_3d if is_last else torch.contiguous_format
+        pooled = F.avg_pool3d(hidden_states.float(), kernel_size=2)
+        return pooled.to(hidden_states.dtype, memory_format=memory_format)
     return F.avg_pool3d(hidden_states, kernel_size=2)
 
 

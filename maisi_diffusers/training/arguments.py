@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from .losses import LOSS_TYPES
+
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Where a run's data come from and its results go, how long it is and how it is written down."""
@@ -61,6 +63,17 @@ def add_optimizer_arguments(
     group.add_argument("--use_8bit_adam", action="store_true", help="8-bit optimiser states, from bitsandbytes")
     group.add_argument(
         "--max_grad_norm", type=float, help="clip gradients to this norm; not if not given, as published"
+    )
+
+
+def add_loss_argument(group: argparse._ArgumentGroup) -> None:
+    """Add the option that both diffusion networks have."""
+    group.add_argument(
+        "--loss_type",
+        choices=LOSS_TYPES,
+        default="l1",
+        help="l1: as published; l2: the mean square, whose best prediction is the mean, which sampling takes it for, "
+        "and not the median: matters where a model is small or little trained",
     )
 
 

@@ -16,11 +16,17 @@ def label_weights(labels: torch.Tensor, weighted_labels: list[int], weight: floa
     return torch.where(is_weighted, weight, 1.0)
 
 
-def weighted_l1_loss(
-    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+LOSS_TYPES = {"l1": torch.abs, "l2": torch.square}
+
+
+def weighted_error(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None, loss_type: str = "l1"
 ) -> torch.Tensor:
-    """Mean absolute error, each voxel times its weight (N, 1, x, y, z). The mean is over voxels, not over weights."""
-    error = (prediction.float() - target.float()).abs()
+    """
+    Mean absolute (`"l1"`) or squared (`"l2"`) error, each voxel times its weight (N, 1, x, y, z). The mean is over
+    voxels, not over weights.
+    """
+    error = LOSS_TYPES[loss_type](prediction.float() - target.float())
     return error.mean() if weights is None else (error * weights).mean()
 
 

@@ -121,7 +121,7 @@ def assert_same_step(loss: torch.Tensor, reference: torch.Tensor, network, refer
         assert (parameter.grad is None) == (gradient is None), name
         if gradient is not None:
             error = (parameter.grad - gradient).abs().max()
-            assert error <= 2 * TOLERANCE * largest, f"{name}: {error:.2e} with a largest gradient of {largest:.2e}"
+            assert error <= 5 * TOLERANCE * largest, f"{name}: {error:.2e} with a largest gradient of {largest:.2e}"
             compared += 1
     assert compared > 20
 

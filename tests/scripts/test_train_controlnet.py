@@ -51,7 +51,7 @@ def test_new_controlnet_for_any_compression(levels, channels):
     pipe = make_pipeline()
     vae = AutoencoderKLMaisi(block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=4)
     pipe.register_modules(vae=vae, controlnet=None)
-    args = SimpleNamespace(controlnet_model_name_or_path="unet", use_lora=False)
+    args = SimpleNamespace(controlnet_model_name_or_path="unet", use_lora=False, freeze_condition_embedding=False)
     data_list = SimpleNamespace(label_names={}, tumor_organs={})
     controlnet = load_script("train_controlnet").load_controlnet(args, pipe, data_list)
     assert controlnet.config.conditioning_embedding_out_channels == channels
@@ -115,6 +115,18 @@ def test_weights_change_in_all_layers(finetuned, base_weights):
     assert weights.keys() == base_weights.keys()
     unchanged = [name for name, weight in weights.items() if torch.equal(weight, base_weights[name])]
     assert not unchanged and all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_frozen_embedding(train_controlnet, latents, base_weights, tmp_path):
+    options = ["--freeze_condition_embedding", "--max_train_steps", 1, "--use_ema"]
+    run(train_controlnet, *on_latents(latents, tmp_path / "output", *options))
+    weights = load_file(tmp_path / "output" / WEIGHTS)
+    unchanged = {name for name, weight in weights.items() if torch.equal(weight, base_weights[name])}
+    assert unchanged == {name for name in weights if name.startswith("controlnet_cond_embedding.")} != set()
+
+    options = ["--freeze_condition_embedding", "--use_lora"]
+    message = error_of(train_controlnet, *on_latents(latents, tmp_path / "adapter", *options))
+    assert "leave it or --freeze_condition_embedding out" in message and not (tmp_path / "adapter").exists()
 
 
 def test_in_a_pipeline(latents, finetuned):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maisi_diffusers.training.losses import label_weights, region_contrastive_loss, weighted_l1_loss
+from maisi_diffusers.training.losses import label_weights, region_contrastive_loss, weighted_error
 
 RATIO = 4
 LATENT = (2, 4, 3, 4, 5)
@@ -41,16 +41,18 @@ def test_label_weights():
     assert torch.equal(weights, expected) and 0.2 < (weights == 100).float().mean() < 0.6
 
 
-def test_weighted_l1(predictions):
+def test_weighted_error(predictions):
     prediction, _, target = predictions
     error = (prediction - target).abs()
-    assert torch.equal(weighted_l1_loss(prediction, target), error.mean())
+    assert torch.equal(weighted_error(prediction, target), error.mean())
     weights = torch.ones(2, 1, 3, 4, 5)
     weights[0, 0, 1] = 100
     expected = (error.sum() + 99 * error[0, :, 1].sum()) / error.numel()
-    assert torch.allclose(weighted_l1_loss(prediction, target, weights), expected)
-    half = weighted_l1_loss(prediction.bfloat16(), target.bfloat16())
+    assert torch.allclose(weighted_error(prediction, target, weights), expected)
+    half = weighted_error(prediction.bfloat16(), target.bfloat16())
     assert half.dtype == torch.float32 and torch.allclose(half, error.mean(), rtol=1e-2)
+    squared = weighted_error(prediction, target, weights, "l2")
+    assert torch.allclose(squared, (error**2 * weights).mean())
 
 
 def test_region_contrastive_loss(predictions, labels):

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from maisi_diffusers import MaisiRFlowScheduler
-from maisi_diffusers.training.losses import label_weights, region_contrastive_loss, weighted_l1_loss
+from maisi_diffusers.training.losses import label_weights, region_contrastive_loss, weighted_error
 from maisi_diffusers.training.objectives import (
     ControlNetObjective,
     DiffusionObjective,
@@ -56,6 +56,7 @@ def test_what_rectified_flow_learns():
     t = (batch["timesteps"] / 1000).view(-1, 1, 1, 1, 1)
     assert torch.allclose(noisy, (1 - t) * FACTOR * batch["latents"] + t * batch["noise"])
     assert torch.equal(target, FACTOR * batch["latents"] - batch["noise"])
+    assert noisy.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -105,10 +106,26 @@ def test_weights(pipe):
     weights = label_weights(batch["labels"], [129], 100.0, 4)
     assert weights.max() == 100
     loss = make_objective(pipe, weighted_labels=(129,), weighted_loss=100.0)(batch)["loss"]
-    assert torch.equal(loss, weighted_l1_loss(prediction, target, weights))
-    plain = weighted_l1_loss(prediction, target)
+    assert torch.equal(loss, weighted_error(prediction, target, weights))
+    plain = weighted_error(prediction, target)
     assert torch.equal(make_objective(pipe)(batch)["loss"], plain) and loss > 1.5 * plain
     assert torch.equal(make_objective(pipe, weighted_labels=(129,))(batch)["loss"], plain)
+
+
+def test_loss_type(pipe):
+    batch = make_batch()
+    noisy, target = noisy_latents_and_target(batch, pipe.scheduler, FACTOR)
+    steered = make_objective(pipe).predict(batch, noisy, batch["labels"])
+    assert torch.equal(
+        make_objective(pipe, loss_type="l2")(batch)["loss"], weighted_error(steered, target, None, "l2")
+    )
+    losses = [
+        DiffusionObjective(pipe.unet, pipe.unet.config, pipe.scheduler, FACTOR, loss_type)(batch)["loss"]
+        for loss_type in ("l1", "l2")
+    ]
+    conditions = unet_conditions(batch, pipe.unet.config)
+    error = pipe.unet(noisy, batch["timesteps"], **conditions).sample - target
+    assert torch.allclose(torch.stack(losses), torch.stack([error.abs().mean(), error.square().mean()]))
 
 
 def test_region_contrastive_loss(pipe):
@@ -122,7 +139,7 @@ def test_region_contrastive_loss(pipe):
     contrast = region_contrastive_loss(prediction, tumor_free, target, labels, tumor_free_labels, 4)
     assert losses.keys() == {"loss", "reconstruction_loss", "region_contrastive_loss"}
     assert torch.allclose(losses["region_contrastive_loss"], contrast, rtol=1e-5)
-    assert torch.allclose(losses["reconstruction_loss"], weighted_l1_loss(prediction, target), rtol=1e-5)
+    assert torch.allclose(losses["reconstruction_loss"], weighted_error(prediction, target), rtol=1e-5)
     assert torch.equal(losses["loss"], losses["reconstruction_loss"] + 0.5 * losses["region_contrastive_loss"])
 
 
