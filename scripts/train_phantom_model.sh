@@ -51,13 +51,18 @@ train train_controlnet images --pretrained_model_name_or_path "$work/unet" --tra
     --controlnet_model_name_or_path "$work/linear-controlnet" --modality_dropout 0.1 \
     --data_list "$work/latents/latents.json" --max_train_steps 3200 --learning_rate 1e-3 --lr_warmup_steps 100 \
     --use_ema --ema_decay 0.998
-# Once more: the embedding of the label map is good by now; of the rest, tumors, bones and the organs that differ most
+# Twice more: the embedding of the label map is good by now; of the rest, tumors, bones and the organs that differ most
 # between contrast phases have few voxels, and so count more. A prediction that is the median leaves out what is rare at a
 # place, fat and lung, and makes all too bright: l2. (For the model in the package the first 3500 of these steps were l1.)
+important="1 3 5 14 115 23 24 26 27 128 $(seq -s ' ' 33 56) $(seq -s ' ' 63 97) 120 122 127"
 train train_controlnet images-2 --pretrained_model_name_or_path "$work/images" --train_unet --controlnet_dropout 0.75 \
     --freeze_condition_embedding --modality_dropout 0.1 --data_list "$work/latents/latents.json" \
     --max_train_steps 6200 --learning_rate 1e-3 --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 \
-    --weighted_loss_label 1 3 5 14 115 23 24 26 27 128 $(seq 33 56) $(seq 63 97) 120 122 127
+    --weighted_loss_label $important
+train train_controlnet images-3 --pretrained_model_name_or_path "$work/images-2" --train_unet --controlnet_dropout 0.3 \
+    --freeze_condition_embedding --modality_dropout 0.1 --data_list "$work/latents/latents.json" \
+    --max_train_steps 900 --learning_rate 1e-3 --use_ema --ema_decay 0.995 --loss_type l2 --weighted_loss 4 \
+    --weighted_loss_label $important
 
 # 3. Label maps: the mask VAE, which begins as the best linear one, and the UNet on its latents.
 [ -f "$work/linear-mask-vae/config.json" ] || python "$scripts/start_vae.py" --num_cases 16 \
@@ -75,5 +80,5 @@ train train_unet masks --vae_model_name_or_path "$work/mask-vae" --unet_config_n
 
 # 4. The mask database, from other phantoms; the model.
 phantoms database 20000 32 --other_spacings 0 --tumors 0.7
-python "$scripts/assemble_phantom_model.py" --image_model "$work/images-2" --mask_model "$work/masks" \
+python "$scripts/assemble_phantom_model.py" --image_model "$work/images-3" --mask_model "$work/masks" \
     --label_maps "$work/database" --anatomy_sizes "$work/mask-phantoms/dataset.json"

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from maisi_diffusers import PHANTOM_TINY, MaisiCTPipeline
-from maisi_diffusers.anatomy import LABELS, LUNG_LOBES, TUMORS
+from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, LUNG_LOBES, TUMORS
 from maisi_diffusers.phantom import make_phantom
 
 from .tiny import seeded
@@ -22,7 +22,7 @@ def pipe():
 def test_files():
     """Small, in half precision, and with a card that says what it is not for."""
     weights = list(PHANTOM_TINY.glob("*/*.safetensors"))
-    assert {path.parent.name for path in weights} == {"vae", "unet", "controlnet"}
+    assert {path.parent.name for path in weights} == {"vae", "unet", "controlnet", "mask_vae", "mask_unet"}
     assert sum(path.stat().st_size for path in PHANTOM_TINY.rglob("*") if path.is_file()) < 30e6
     assert sum(path.stat().st_size for path in weights) < 25e6
     for path in weights:
@@ -38,6 +38,11 @@ def test_mask_database(pipe):
         assert pipe.mask_database.find(1, seeded(), body_region=[region], **grid)
     for tumor in TUMORS:
         assert any(tumor in entry.label_list for entry in pipe.mask_database.entries), tumor
+
+
+def test_size_conditions(pipe):
+    assert len(pipe.anatomy_size_conditions) >= 100
+    assert all(len(sizes) == len(CONTROLLABLE_ANATOMY) for sizes in pipe.anatomy_size_conditions)
 
 
 @pytest.mark.slow
