@@ -100,8 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--freeze_condition_embedding",
         action="store_true",
-        help="keep the embedding of the label map as it is: a large part of a step of a small network, and once it is "
-        "good, as that of start_controlnet.py soon is, the part that learns least",
+        help="keep the embedding of the label map as it is: its gradients are much of a step of a small network",
     )
     group.add_argument(
         "--modality_dropout",

@@ -52,8 +52,9 @@ train train_controlnet images --pretrained_model_name_or_path "$work/unet" --tra
     --data_list "$work/latents/latents.json" --max_train_steps 3200 --learning_rate 1e-3 --lr_warmup_steps 100 \
     --use_ema --ema_decay 0.998
 # Twice more: the embedding of the label map is good by now; of the rest, tumors, bones and the organs that differ most
-# between contrast phases have few voxels, and so count more. A prediction that is the median leaves out what is rare at a
-# place, fat and lung, and makes all too bright: l2. (For the model in the package the first 3500 of these steps were l1.)
+# between contrast phases have few voxels, and so count more. Sampling takes predictions for means, which l2 makes
+# them: with l1 they are medians. For the weights in the package, images-2 was made otherwise: its first 3500 steps were l1,
+# and of these the first 1000 had a dropout of 0.5 and a schedule of 4500 steps.
 important="1 3 5 14 115 23 24 26 27 128 $(seq -s ' ' 33 56) $(seq -s ' ' 63 97) 120 122 127"
 train train_controlnet images-2 --pretrained_model_name_or_path "$work/images" --train_unet --controlnet_dropout 0.75 \
     --freeze_condition_embedding --modality_dropout 0.1 --data_list "$work/latents/latents.json" \
