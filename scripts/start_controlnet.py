@@ -1,5 +1,5 @@
 r"""
-Make a ControlNet that sees from its first step on what the labels' mean intensities look like, for
+Make a ControlNet that sees from its first step on what the latents of its labels are in the mean, for
 `train_controlnet.py` to go on with.
 
 Example:
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from maisi_diffusers import MaisiCTPipeline
 from maisi_diffusers.anatomy import load_label_map
 from maisi_diffusers.files import write_atomically
-from maisi_diffusers.imaging import to_ras
+from maisi_diffusers.imaging import modality_code, to_ras
 from maisi_diffusers.training.base_model import add_model_arguments, load_base_model, new_controlnet
 from maisi_diffusers.training.data_list import Case, read_data_list, split_fold
 from maisi_diffusers.training.latents import load_latent
@@ -43,18 +43,21 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_root", type=Path, help="folder that paths in the list are relative to; the list's own")
     parser.add_argument("--fold", type=int, default=0, help="that is left out")
     parser.add_argument("--num_cases", type=int, default=32, help="to learn from at most, evenly from the list")
+    parser.add_argument(
+        "--first_channels", type=int, default=8, help="of the embedding of label maps; more hold more kinds of labels"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the fit, and of weights that have no part in it yet")
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser.parse_args(input_args)
 
 
-@torch.no_grad()
 def load_case(pipe: MaisiCTPipeline, case: Case) -> LabelledLatent:
-    """A latent with its label map, and what it looks like."""
+    """A latent with its label map."""
     latent = load_latent(case.image, pipe.vae.config.latent_channels)
-    image = pipe.vae.decode(latent[None]).sample[0]
     labels = np.ascontiguousarray(to_ras(load_label_map(case.label)).dataobj)
-    return LabelledLatent(image, torch.from_numpy(labels)[None], latent * pipe.vae.config.scaling_factor)
+    return LabelledLatent(
+        torch.from_numpy(labels)[None], latent * pipe.vae.config.scaling_factor, modality_code(case.modality)
+    )
 
 
 def main(input_args: list[str] | None = None) -> None:
@@ -66,10 +69,13 @@ def main(input_args: list[str] | None = None) -> None:
     check_training_cases(data_list, pipe.unet, pipe.vae.spatial_compression_ratio, 1, with_labels=True)
     cases, _ = split_fold(data_list.cases, args.fold)
     cases = cases[:: math.ceil(len(cases) / args.num_cases)]
-    controlnet = new_controlnet(pipe)
+    controlnet = new_controlnet(pipe, args.first_channels)
     controlnet.add_classes(data_list.label_names, data_list.tumor_organs)
-    error = make_linear_condition(controlnet, [load_case(pipe, case) for case in tqdm(cases, desc="Cases")], args.seed)
-    print(f"Intensities of the labels are missed by {error:.4f}, of 0..1.")
+    cases = [load_case(pipe, case) for case in tqdm(cases, desc="Cases")]
+    for name, error, deviation in zip(
+        ("Values", "Differences between modalities"), *make_linear_condition(controlnet, cases, args.seed)
+    ):
+        print(f"{name} of the labels are missed by {error:.4f}; their standard deviation is {deviation:.4f}.")
     with write_atomically(args.output_dir) as folder:
         controlnet.save_pretrained(folder)
 

@@ -18,6 +18,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 from maisi_diffusers import AutoencoderKLMaisi
 from maisi_diffusers.anatomy import label_bits
 from maisi_diffusers.files import write_atomically
+from maisi_diffusers.imaging import from_hu, modality_code
 from maisi_diffusers.training.data_list import read_data_list, split_fold
 from maisi_diffusers.training.latents import encodes_labels
 from maisi_diffusers.training.linear_vae import make_linear
@@ -41,6 +43,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--whitening", type=float, default=0.5, help="0 leaves latents the variances of components, 1 makes them equal"
     )
+    parser.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="HU that get more room in the latents than others",
+    )
+    parser.add_argument("--window_gain", type=float, default=4.0, help="times as much")
     parser.add_argument("--seed", type=int, default=0, help="of the weights that have no part in it yet")
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser.parse_args(input_args)
@@ -58,7 +68,8 @@ def main(input_args: list[str] | None = None) -> None:
     volumes = [dataset[i][dataset.item_name] for i in tqdm(range(len(dataset)), desc="Volumes")]
     if encodes_labels(vae):
         volumes = [label_bits(labels[None], torch.uint8)[0] for labels in volumes]
-    make_linear(vae, volumes, args.whitening)
+    window = None if args.window is None else tuple(from_hu(np.array(args.window), modality_code("ct")).tolist())
+    make_linear(vae, volumes, args.whitening, window, args.window_gain)
     with write_atomically(args.output_dir) as folder:
         vae.save_pretrained(folder)
 

@@ -55,9 +55,12 @@ def load_any_base_model(args: argparse.Namespace) -> MaisiCTPipeline | MaisiMask
     return load_base_model(args)
 
 
-def new_controlnet(pipe: MaisiCTPipeline) -> MaisiControlNetModel:
-    """A ControlNet to train for the pipeline's UNet and VAE, as published for a VAE that halves the axes twice."""
+def new_controlnet(pipe: MaisiCTPipeline, first_channels: int = 8) -> MaisiControlNetModel:
+    """
+    A ControlNet to train for the pipeline's UNet and VAE, as published for a VAE that halves the axes twice; its
+    embedding of label maps can have other `first_channels`.
+    """
     # And the same as far as another VAE's goes.
-    times, channels = pipe.vae.spatial_compression_ratio.bit_length(), (8, 32, 64)
+    times, channels = pipe.vae.spatial_compression_ratio.bit_length(), (first_channels, 32, 64)
     channels = channels[:times] + channels[-1:] * (times - len(channels))
     return MaisiControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=channels)

@@ -42,6 +42,14 @@ def test_training_goes_on_with_it(arguments, tmp_path):
     assert vae.encoder.down_blocks[0].resnets[0].conv2.weight.any()
 
 
+def test_a_window(arguments, tmp_path):
+    """Of HU, in the encoder's first residual block and the decoder's last."""
+    load_script("start_vae").main([*arguments, "--window", "-160", "240", "--window_gain", "3"])
+    vae = AutoencoderKLMaisi.from_pretrained(tmp_path / "vae")
+    for resnet in (vae.encoder.down_blocks[0].resnets[0], vae.decoder.up_blocks[-1].resnets[-1]):
+        assert resnet.conv2.weight.any()
+
+
 def test_a_list_of_one_fold(arguments, tmp_path):
     """All cases are to learn from."""
     path = tmp_path / "phantoms" / "dataset.json"

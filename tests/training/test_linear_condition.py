@@ -1,4 +1,4 @@
-"""A ControlNet that begins with the latents that its labels' mean intensities stand for."""
+"""A ControlNet that begins with the latents that its labels' values stand for."""
 
 import pytest
 import torch
@@ -30,35 +30,68 @@ def make_controlnet(channels, width=32, latent_channels=CHANNELS):
     ).eval()
 
 
-def make_cases(ratio):
-    """Latents that are linear in the intensities of the cubes that they stand for."""
+def make_cases(ratio, enhancement=None):
+    """
+    Latents that are linear in the values of the cubes that they stand for, brightness before all. With an enhancement,
+    every second case is of another modality: values of the labels that it names are higher there.
+    """
     generator = torch.Generator().manual_seed(0)
-    table = torch.zeros(256)
-    for label, intensity in INTENSITIES.items():
-        table[label] = intensity
-    factors = torch.randn(CHANNELS, ratio**3, generator=generator) / ratio
+    factors = 0.1 * torch.randn(CHANNELS, ratio**3, generator=generator) / ratio**3
+    factors[0] += 3 / ratio**3
     cases = []
-    for _ in range(3):
+    for i in range(8):
+        table = torch.zeros(256)
+        for label, value in INTENSITIES.items():
+            table[label] = value + (enhancement or {}).get(label, 0) * (i % 2)
         size = (8, 16, 12)
-        labels = torch.tensor(list(INTENSITIES))[torch.randint(len(INTENSITIES), (1, *size), generator=generator)]
-        image = table[labels.long()]
-        latent = (cubes_of(image, ratio) @ factors.T + 0.3).T.reshape(CHANNELS, *(n // ratio for n in size))
-        cases.append(LabelledLatent(image, labels.to(torch.uint8), latent))
+        coarse = torch.tensor(list(INTENSITIES))[torch.randint(len(INTENSITIES), (1, 4, 4, 4), generator=generator)]
+        labels = coarse.repeat_interleave(2, 1).repeat_interleave(4, 2).repeat_interleave(3, 3)
+        latent = (cubes_of(table[labels.long()], ratio) @ factors.T + 0.3).T.reshape(
+            CHANNELS, *(n // ratio for n in size)
+        )
+        cases.append(LabelledLatent(labels.to(torch.uint8), latent, 1 if i % 2 == 0 or enhancement is None else 2))
     return cases
+
+
+def along_directions(controlnet, case):
+    """What the embedding adds to the first features, along the directions that the noisy latents use least first."""
+    directions, strengths, _ = torch.linalg.svd(controlnet.conv_in.weight.flatten(1))
+    embedding = controlnet.embed_condition(label_bits(case.labels[None]))[0]
+    return (torch.einsum("fc,fxyz->cxyz", directions, embedding) / strengths.square().mean().sqrt()).flip(0)
 
 
 @pytest.mark.parametrize("channels", [(8, 16), (8, 16, 12), (10, 24, 64)], ids=str)
 @torch.no_grad()
 def test_embedding_holds_the_latents(channels):
     controlnet, cases = make_controlnet(channels), make_cases(2 ** (len(channels) - 1))
-    assert make_linear_condition(controlnet, cases) < 0.002
-    directions, strengths, _ = torch.linalg.svd(controlnet.conv_in.weight.flatten(1))
+    (error,), (deviation,) = make_linear_condition(controlnet, cases)
+    assert error < 0.01 * deviation
     for case in cases:
-        embedding = controlnet.embed_condition(label_bits(case.labels[None]))[0]
-        along = torch.einsum("fc,fxyz->cxyz", directions, embedding) / strengths.square().mean().sqrt()
-        least_used = along.flip(0)[:CHANNELS]
-        assert (least_used - case.latent).abs().max() < 0.03 * case.latent.abs().max()
-        assert along.flip(0)[CHANNELS:].abs().max() < 1e-5
+        along = along_directions(controlnet, case)
+        assert (along[:CHANNELS] - case.latent).abs().max() < 0.03 * case.latent.abs().max()
+        assert along[CHANNELS:].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("channels", [(12, 18), (12, 18, 14)], ids=str)
+@torch.no_grad()
+def test_embedding_holds_what_differs_between_modalities(channels):
+    """As a map, in one more direction: nothing where no contrast agent is, twice as much where there is twice."""
+    enhancement = {1: 0.1, 200: 0.2}
+    controlnet, cases = make_controlnet(channels), make_cases(2 ** (len(channels) - 1), enhancement)
+    errors, deviations = make_linear_condition(controlnet, cases)
+    assert all(error < 0.05 * deviation for error, deviation in zip(errors, deviations))
+    table = torch.zeros(256)
+    for label, more in enhancement.items():
+        table[label] = more
+    found, expected = [], []
+    for case in cases:
+        along = along_directions(controlnet, case)
+        found.append(along[CHANNELS].flatten())
+        expected.append(cubes_of(table[case.labels.long()], 2 ** (len(channels) - 1)).mean(1))
+        assert along[CHANNELS + 1 :].abs().max() < 1e-5
+    found, expected = torch.cat(found), torch.cat(expected)
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1].abs() > 0.99
+    assert found[expected == 0].abs().max() < 0.05 * found.abs().max()
 
 
 def test_all_of_it_learns():
@@ -72,11 +105,14 @@ def test_all_of_it_learns():
 
 
 def test_many_labels():
-    """A hundred labels of random intensities: nearer than their mean is."""
-    draw = torch.rand(256, generator=torch.Generator().manual_seed(1))
-    present = torch.arange(256) < 100
-    error, _ = fit_bits(0.5 + 0.1 * (draw - 0.5), present, seed=0)
+    """A hundred labels of random values: nearer than their mean is, and the largest ones the nearest."""
+    draw = torch.rand(256, 1, generator=torch.Generator().manual_seed(1))
+    counts = torch.where(torch.arange(256) < 100, 100.0, 0.0)
+    error, _ = fit_bits(0.5 + 0.1 * (draw - 0.5), counts, width=8, seed=0)
     assert error < 0.8 * 0.1 / 12**0.5  # their own deviation
+    counts[::10] *= 10_000
+    nearer, _ = fit_bits(0.5 + 0.1 * (draw - 0.5), counts, width=8, seed=0)
+    assert nearer < 0.2 * error
 
 
 @pytest.mark.parametrize(

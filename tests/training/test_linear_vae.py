@@ -59,6 +59,30 @@ def test_principal_components(volumes, channels, number, whitening):
         assert rest.abs().max() < 0.02
 
 
+@pytest.mark.parametrize("channels", [(8, 16), (16, 24, 32)], ids=str)
+@torch.no_grad()
+def test_window(volumes, channels):
+    """Differences of the window are so much larger in the latents than others, and come back as they were."""
+    flat = [torch.full((1, 16, 16, 16), value) for value in (0.1, 0.15, 0.5, 0.55, 0.9, 0.95)]
+    vae = make_vae(channels, 8)
+    make_linear(vae, [*volumes, *flat], 0.0, window=(0.4, 0.6), window_gain=5)
+    encoded = torch.stack([vae.encode(one[None]).latent_dist.mode()[0, 0, 2, 2, 2] for one in flat])
+    below, inside, above = encoded.view(3, 2).diff(dim=1).flatten().tolist()
+    assert 4 < inside / below < 6.5 and 4 < inside / above < 6.5
+    for one in flat:
+        decoded = vae.decode(vae.encode(one[None]).latent_dist.mode()).sample
+        assert (decoded - one).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("window", [(0.6, 0.4), (-0.1, 0.5), (0.5, 1.2)], ids=str)
+def test_windows_that_are_none(volumes, window):
+    vae = make_vae((8, 16), 8)
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    with pytest.raises(ValueError, match=r"a window is of images, from low to high in 0\.\.1"):
+        make_linear(vae, volumes, 0.5, window)
+    assert all(torch.equal(weight, before[name]) for name, weight in vae.state_dict().items())
+
+
 @pytest.mark.parametrize(("number", "agree"), [(24, 0.99), (3, 0.8)])
 @torch.no_grad()
 def test_label_maps(number, agree):

@@ -1,0 +1,103 @@
+"""A residual block of a VAE that begins as a curve: it gives intensities of a window more room, or takes it back."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+
+from ..models.vae_blocks_maisi import MaisiVaeResnetBlock3D
+
+# How much the square of a weight counts beside that of an error.
+RIDGE = 1e-7
+# From half a window below to half a window above it, bends at so many places; each as wide as they are apart.
+BEND = 4.0
+
+
+@dataclass
+class IntensityCurve:
+    """
+    x + offset + sum of up * silu(sharpness * (x - knot)) + down * silu(-sharpness * (x - knot)).
+
+    Args:
+        knots, sharpness, up, down (K,): of the bends.
+        offset: a constant.
+    """
+
+    knots: torch.Tensor
+    sharpness: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    offset: float
+
+    @classmethod
+    def fit(cls, x: torch.Tensor, y: torch.Tensor, knots: torch.Tensor) -> Self:
+        """The nearest one to values y (N,) at x (N,) with bends at ascending knots (K,), in least squares."""
+        sharpness = BEND / torch.gradient(knots)[0]
+        bends = sharpness * (x[:, None] - knots)
+        features = torch.cat([F.silu(bends), F.silu(-bends), torch.ones_like(x)[:, None]], dim=1)
+        squares = features.T @ features + RIDGE * len(x) * torch.eye(features.shape[1], dtype=x.dtype)
+        up, down, offset = torch.linalg.solve(squares, features.T @ (y - x)).split([len(knots), len(knots), 1])
+        return cls(knots, sharpness, up, down, float(offset))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Its values at x, of any shape and dtype, as float64."""
+        x = x.double()
+        y = x + self.offset
+        for knot, sharpness, up, down in zip(self.knots, self.sharpness, self.up, self.down):
+            bend = sharpness * (x - knot)
+            y += up * F.silu(bend) + down * F.silu(-bend)
+        return y
+
+    def lowered(self, by: float) -> Self:
+        """The curve that gives as much less."""
+        return replace(self, offset=self.offset - by)
+
+    def inverse(self, x: torch.Tensor) -> Self:
+        """The nearest curve to the way back, to values x (N,) that are wanted."""
+        return type(self).fit(self(x), x, self(self.knots))
+
+
+def window_curve(low: float, high: float, gain: float, x: torch.Tensor, num_knots: int) -> IntensityCurve:
+    """The curve that is `gain` times as steep from `low` to `high` as it is below and above, for values x (N,)."""
+    reach = (high - low) / 2
+    knots = torch.linspace(low - reach, high + reach, num_knots, dtype=x.dtype)
+    return IntensityCurve.fit(x, x + (gain - 1) * (x.clip(low, high) - low), knots)
+
+
+@torch.no_grad()
+def set_curve(
+    resnet: MaisiVaeResnetBlock3D, curve: IntensityCurve, square: float, size: float, outputs: torch.Tensor
+) -> None:
+    """
+    Let a residual block add to its first channels what a curve adds to x.
+
+    Group norms would take the mean from it: so x comes in as x and -x, and every bend goes through as two channels,
+    one of them negative; small beside the norms' epsilon, which then leave them nearly as they are.
+
+    Args:
+        resnet: its first two input channels are x and -x, the others 0; twice as many channels as bends, or more.
+        curve: a curve.
+        square: mean of x^2.
+        size: of what goes through the norms, for an x of 1.
+        outputs (n,): what its first output channels get of that.
+    """
+    channels, of_group = resnet.norm1.num_channels, resnet.norm1.num_channels // resnet.norm1.num_groups
+    resnet.norm1.weight.fill_((2 * square / of_group + resnet.norm1.eps) ** 0.5)
+    centre, number = (slice(None), slice(None), 1, 1, 1), 2 * len(curve.knots)
+    for conv in (resnet.conv1, resnet.conv2):
+        conv.weight.zero_()
+        conv.bias.zero_()
+    # silu(x) - silu(-x) is x.
+    signs = torch.tensor([1.0, -1.0]).repeat(len(curve.knots))
+    resnet.conv1.weight[centre][:number, 0], resnet.conv1.weight[centre][:number, 1] = signs * size, -signs * size
+    resnet.conv1.bias[:number] = -signs * size * curve.knots.repeat_interleave(2).float()
+
+    channels, of_group = resnet.norm2.num_channels, resnet.norm2.num_channels // resnet.norm2.num_groups
+    squares = torch.zeros(channels)
+    squares[:number] = size**2 * (square + curve.knots.square()).repeat_interleave(2).float()
+    gain = (squares.view(-1, of_group).mean(1) + resnet.norm2.eps).sqrt().repeat_interleave(of_group)
+    resnet.norm2.weight[:number] = gain[:number] * curve.sharpness.repeat_interleave(2).float() / size
+    bends = torch.stack([curve.up, curve.down], dim=1).flatten().float()
+    resnet.conv2.weight[centre][: len(outputs), :number] = outputs[:, None] * bends
+    resnet.conv2.bias[: len(outputs)] = outputs * curve.offset
