@@ -22,7 +22,7 @@ from accelerate.logging import get_logger
 from maisi_diffusers import MaisiControlNetModel, MaisiCTPipeline
 from maisi_diffusers.files import write_files_atomically
 from maisi_diffusers.training.arguments import (
-    add_loss_argument,
+    add_loss_arguments,
     add_optimizer_arguments,
     add_run_arguments,
     parse_args,
@@ -67,16 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_arguments(parser)
     add_optimizer_arguments(parser, learning_rate=1e-5, lr_scheduler="polynomial", weight_decay=1e-2)
     group = parser.add_argument_group("losses")
-    add_loss_argument(group)
-    group.add_argument(
-        "--weighted_loss", type=float, default=100.0, help="weight of the voxels of weighted_loss_label"
-    )
-    group.add_argument(
-        "--weighted_loss_label",
-        type=int,
-        nargs="*",
-        help="labels that weigh more; the data list's new classes if not given",
-    )
+    add_loss_arguments(group, "the data list's new classes")
     group.add_argument("--use_region_contrastive_loss", action="store_true", help="compare with the tumor-free mask")
     group.add_argument("--region_contrastive_loss_weight", type=float, default=0.01)
     group.add_argument(

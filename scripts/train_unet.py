@@ -17,6 +17,7 @@ accelerate launch scripts/train_unet.py --vae_model_name_or_path mask-vae \
 
 import argparse
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -37,7 +38,7 @@ from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY
 from maisi_diffusers.files import write_files_atomically
 from maisi_diffusers.imaging import spacing_of, to_ras
 from maisi_diffusers.training.arguments import (
-    add_loss_argument,
+    add_loss_arguments,
     add_optimizer_arguments,
     add_run_arguments,
     parse_args,
@@ -90,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_arguments(parser)
     add_optimizer_arguments(parser, learning_rate=1e-5, lr_scheduler="polynomial", weight_decay=None)
     group = parser.add_argument_group("what is trained")
-    add_loss_argument(group)
+    add_loss_arguments(group, "none, and no label maps are read,")
     group.add_argument(
         "--modality_dropout",
         type=float,
@@ -223,7 +224,7 @@ def train(args: argparse.Namespace) -> None:
     is_of_masks = isinstance(pipe, MaisiMaskPipeline)
     unet_name = "mask_unet" if is_of_masks else "unet"
     ratio = vae.spatial_compression_ratio
-    check_training_cases(data_list, unet, ratio, args.train_batch_size, with_labels=False)
+    check_training_cases(data_list, unet, ratio, args.train_batch_size, bool(args.weighted_loss_label))
     if is_of_masks:
         pipe.register_to_config(**mask_grid(train_cases, ratio))
     vae.requires_grad_(False).eval()
@@ -234,11 +235,15 @@ def train(args: argparse.Namespace) -> None:
     ema = make_ema(accelerator, trained, args.ema_decay) if args.use_ema else None
 
     # 2. Data, optimiser
-    channels = unet.config.in_channels
-    dataset = LatentDataset(
-        train_cases, scheduler, args.seed, modality_dropout=args.modality_dropout, latent_channels=channels
+    make_dataset = partial(
+        LatentDataset,
+        scheduler=scheduler,
+        seed=args.seed,
+        with_labels=bool(args.weighted_loss_label),
+        latent_channels=unet.config.in_channels,
     )
-    validation_set = LatentDataset(held_out, scheduler, args.seed, latent_channels=channels)
+    dataset = make_dataset(train_cases, modality_dropout=args.modality_dropout)
+    validation_set = make_dataset(held_out)
     dataloader = torch.utils.data.DataLoader(
         dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers
     )
@@ -258,7 +263,16 @@ def train(args: argparse.Namespace) -> None:
     logger.info(f"scaling factor {vae.config.scaling_factor}")
 
     # 3. Steps
-    objective = DiffusionObjective(model, unet.config, scheduler, vae.config.scaling_factor, args.loss_type)
+    objective = DiffusionObjective(
+        model,
+        unet.config,
+        scheduler,
+        vae.config.scaling_factor,
+        args.loss_type,
+        ratio,
+        tuple(args.weighted_loss_label or ()),
+        args.weighted_loss,
+    )
 
     def train_step(batch: dict) -> dict[str, torch.Tensor]:
         losses = objective(batch)

@@ -66,14 +66,20 @@ def add_optimizer_arguments(
     )
 
 
-def add_loss_argument(group: argparse._ArgumentGroup) -> None:
-    """Add the option that both diffusion networks have."""
+def add_loss_arguments(group: argparse._ArgumentGroup, if_not_given: str) -> None:
+    """Add the options that both diffusion networks have; `if_not_given` says which labels weigh more then."""
     group.add_argument(
         "--loss_type",
         choices=LOSS_TYPES,
         default="l1",
         help="l1: as published; l2: the mean square, whose best prediction is the mean, which sampling takes it for, "
         "and not the median: matters where a model is small or little trained",
+    )
+    group.add_argument(
+        "--weighted_loss", type=float, default=100.0, help="weight of the voxels of weighted_loss_label"
+    )
+    group.add_argument(
+        "--weighted_loss_label", type=int, nargs="*", help=f"labels that weigh more; {if_not_given} if not given"
     )
 
 

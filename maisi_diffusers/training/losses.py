@@ -12,7 +12,7 @@ import torch.nn.functional as F
 LOSS_TYPES = {"l1": torch.abs, "l2": torch.square}
 
 
-def label_weights(labels: torch.Tensor, weighted_labels: list[int], weight: float, ratio: int) -> torch.Tensor:
+def label_weights(labels: torch.Tensor, weighted_labels: tuple[int, ...], weight: float, ratio: int) -> torch.Tensor:
     """Weight of each latent voxel, (N, 1, x, y, z): `weight` where the nearest voxel has one of the labels, else 1."""
     is_weighted = torch.isin(_nearest(labels, ratio), torch.tensor(weighted_labels, device=labels.device))
     return torch.where(is_weighted, weight, 1.0)

@@ -23,6 +23,9 @@ class DiffusionObjective:
         scheduler: adds the noise and says what is predicted.
         scaling_factor: of the latents.
         loss_type: `"l1"` or `"l2"`.
+        ratio: voxels of a label map to a latent voxel, along each axis.
+        weighted_labels: labels whose voxels weigh `weighted_loss` instead of 1; batches have label maps then.
+        weighted_loss: their weight.
     """
 
     unet: MaisiUNet3DConditionModel
@@ -30,13 +33,17 @@ class DiffusionObjective:
     scheduler: SchedulerMixin
     scaling_factor: float
     loss_type: str = "l1"
+    ratio: int = 4
+    weighted_labels: tuple[int, ...] = ()
+    weighted_loss: float = 1.0
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch of [`LatentDataset`] -> {"loss": scalar}."""
         latents, target = noisy_latents_and_target(batch, self.scheduler, self.scaling_factor)
         conditions = unet_conditions(batch, self.unet_config)
         prediction = self.unet(latents, batch["timesteps"], **conditions, return_dict=False)[0]
-        return {"loss": weighted_error(prediction, target, loss_type=self.loss_type)}
+        weights = weights_of(batch, self.weighted_labels, self.weighted_loss, self.ratio)
+        return {"loss": weighted_error(prediction, target, weights, self.loss_type)}
 
 
 @dataclass
@@ -80,9 +87,8 @@ class ControlNetObjective:
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch of [`LatentDataset`] with label maps -> {"loss": scalar, and the parts it has}."""
         latents, target = noisy_latents_and_target(batch, self.scheduler, self.scaling_factor)
-        labels, weights = batch["labels"], None
-        if self.weighted_labels and self.weighted_loss != 1:
-            weights = label_weights(labels, self.weighted_labels, self.weighted_loss, self.ratio)
+        labels = batch["labels"]
+        weights = weights_of(batch, self.weighted_labels, self.weighted_loss, self.ratio)
         if not self.region_contrastive_weight:
             return {"loss": weighted_error(self.predict(batch, latents, labels), target, weights, self.loss_type)}
 
@@ -140,6 +146,15 @@ def noisy_latents_and_target(
     if isinstance(scheduler, MaisiRFlowScheduler) or scheduler.config.prediction_type == "v_prediction":
         return noisy_latents, scheduler.get_velocity(latents, noise, timesteps)
     return noisy_latents, noise if scheduler.config.prediction_type == "epsilon" else latents
+
+
+def weights_of(
+    batch: dict[str, torch.Tensor], weighted_labels: tuple[int, ...], weight: float, ratio: int
+) -> torch.Tensor | None:
+    """Weights (N, 1, x, y, z) of a batch's latent voxels; None where all weigh the same."""
+    if not weighted_labels or weight == 1:
+        return None
+    return label_weights(batch["labels"], weighted_labels, weight, ratio)
 
 
 def unet_conditions(batch: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:

@@ -96,6 +96,16 @@ def test_checkpoint_has_the_unet(continued):
     assert not torch.equal(trained["conv_in.weight"], averages["conv_in.weight"])
 
 
+def test_labels_that_weigh_more(train_unet, latents, continued, tmp_path):
+    """The loss of the first step, of the same weights and noise, is larger by what the labels' voxels weigh."""
+    weighted = ["--weighted_loss_label", 1, "--weighted_loss"]
+    folders = {1: tmp_path / "same", 20: tmp_path / "more"}
+    for weight, folder in folders.items():
+        run(train_unet, *on_latents(latents, folder, *OPTIONS, *weighted, weight, "--max_train_steps", 1))
+    plain, one, more = (read_log(folder / "log.jsonl")[0]["loss"] for folder in (continued, *folders.values()))
+    assert one == plain and more > 1.2 * plain
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_interrupted(train_unet, latents, continued, tmp_path, steps):
     """The weights, the averages and the log end as if nothing had happened."""

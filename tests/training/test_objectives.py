@@ -1,6 +1,7 @@
 """What a training step computes: what is predicted from what, by whom, and what it keeps in memory."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -110,6 +111,18 @@ def test_weights(pipe):
     plain = weighted_error(prediction, target)
     assert torch.equal(make_objective(pipe)(batch)["loss"], plain) and loss > 1.5 * plain
     assert torch.equal(make_objective(pipe, weighted_labels=(129,))(batch)["loss"], plain)
+
+
+def test_weights_without_steering(pipe):
+    batch = make_batch()
+    noisy, target = noisy_latents_and_target(batch, pipe.scheduler, FACTOR)
+    prediction = pipe.unet(noisy, batch["timesteps"], **unet_conditions(batch, pipe.unet.config)).sample
+    make = partial(DiffusionObjective, pipe.unet, pipe.unet.config, pipe.scheduler, FACTOR)
+    weights = label_weights(batch["labels"], [129], 100.0, 4)
+    loss = make(weighted_labels=(129,), weighted_loss=100.0)(batch)["loss"]
+    assert torch.equal(loss, weighted_error(prediction, target, weights)) and weights.max() == 100
+    del batch["labels"]
+    assert torch.equal(make(weighted_labels=(129,))(batch)["loss"], weighted_error(prediction, target))
 
 
 def test_loss_type(pipe):
