@@ -48,7 +48,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="HU that get more room in the latents than others",
+        help="HU that get more room in the latents than others; train such a VAE no further",
     )
     parser.add_argument("--window_gain", type=float, default=4.0, help="times as much")
     parser.add_argument("--seed", type=int, default=0, help="of the weights that have no part in it yet")

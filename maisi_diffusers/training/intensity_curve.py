@@ -10,7 +10,7 @@ from ..models.vae_blocks_maisi import MaisiVaeResnetBlock3D
 
 # How much the square of a weight counts beside that of an error.
 RIDGE = 1e-7
-# From half a window below to half a window above it, bends at so many places; each as wide as they are apart.
+# Sharpness of a bend times the distance to the next: each is about as wide as they are apart.
 BEND = 4.0
 
 
@@ -82,7 +82,7 @@ def set_curve(
         size: of what goes through the norms, for an x of 1.
         outputs (n,): what its first output channels get of that.
     """
-    channels, of_group = resnet.norm1.num_channels, resnet.norm1.num_channels // resnet.norm1.num_groups
+    of_group = resnet.norm1.num_channels // resnet.norm1.num_groups
     resnet.norm1.weight.fill_((2 * square / of_group + resnet.norm1.eps) ** 0.5)
     centre, number = (slice(None), slice(None), 1, 1, 1), 2 * len(curve.knots)
     for conv in (resnet.conv1, resnet.conv2):
