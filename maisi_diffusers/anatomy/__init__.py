@@ -9,7 +9,7 @@ from .label_map import load_label_map
 from .mask_database import FoundMask, MaisiMaskDatabase
 from .mask_entry import MaskEntry
 from .quality_check import QUALITY_THRESHOLDS, check_quality, describe_outliers
-from .regions import REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
+from .regions import REGION_WORDS, REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
 from .size_conditions import check_sizes, complete_anatomy_size, read_size_conditions
 from .sizes import anatomy_sizes
 from .totalsegmentator import TOTALSEGMENTATOR_CLASSES, TOTALSEGMENTATOR_TO_MAISI, totalsegmentator_to_maisi
@@ -43,6 +43,7 @@ __all__ = [
     "MaskEntry",
     "MovedTumor",
     "QUALITY_THRESHOLDS",
+    "REGION_WORDS",
     "REGIONS",
     "TOTALSEGMENTATOR_CLASSES",
     "TOTALSEGMENTATOR_TO_MAISI",

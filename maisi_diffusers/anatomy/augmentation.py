@@ -1,7 +1,8 @@
 """Variants of a label map: zoomed a little, or with its tumor moved and deformed inside of its organ.
 
-Rules and ranges are the published ones, in mm instead of voxels of about 1 mm; but a tumor turns about its own centre
-and not about the volume's, never grows over another organ, and the search for a place for it ends.
+Rules and ranges are the published ones, in mm instead of voxels of about 1 mm, but for the closing of organs; and a
+tumor turns about its own centre and not about the volume's, never grows over another organ, and the search for a place
+for it ends.
 """
 
 from collections.abc import Mapping

@@ -34,8 +34,8 @@ from .label_map import load_label_map
 from .mask_entry import MaskEntry, read_entry
 from .mask_files import read_file
 from .mask_index import whole_numbers, write_candidates, write_entries
-from .regions import region_of_word, regions_from_labels
-from .vocabulary import BODY, LABELS, TUMORS, label_index, label_name, labels_present
+from .regions import REGION_WORDS, region_of_word, regions_from_labels
+from .vocabulary import LABELS, TUMORS, label_index, label_name, labels_present
 
 CANDIDATES = "candidate_masks.json"
 MASKS = "masks"
@@ -46,9 +46,10 @@ SPACING_TOLERANCE = 1e-3
 MISSING_VOXELS = 128
 """How many voxels a label map may lack along an axis that is to be resampled and padded (published)."""
 
-MAX_HEADER = 2**20
+MAX_LOADED = 100
+"""How many label maps that lose what was asked for are read before the search is given up: each is a volume."""
 
-REGION_WORDS = ("head", "chest", "abdomen", "pelvis")
+MAX_HEADER = 2**20
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class MaisiMaskDatabase:
     def __init__(self, candidates: str | os.PathLike, masks: str | os.PathLike | Callable[[str], Path] | None = None):
         candidates = Path(os.path.abspath(candidates))
         self.candidates = candidates / CANDIDATES if candidates.is_dir() else candidates
+        if candidates.is_dir() and not self.candidates.is_file():
+            raise FileNotFoundError(
+                f"{str(candidates)!r} has no {CANDIDATES!r}; MaisiMaskDatabase.from_folder writes one for label maps; "
+                "of a list with another name, as the published one, give the path, and masks= with its .zip."
+            )
         self.entries = read_json_list(self.candidates, read_entry)
         if masks is None:
             beside = [self.candidates.parent / name for name in (MASKS, f"{MASKS}.zip")]
@@ -244,37 +250,47 @@ class MaisiMaskDatabase:
 
         Raises:
             FileNotFoundError: for a label map that is not there.
-            ValueError: if there is none that fits, see [`search`], or of all that could be resampled a requested label
-                or region would be lost; for one that is damaged.
+            ValueError: if there is none that fits, see [`search`], or a requested label or region would be lost of all
+                that could be resampled, or of the nearest hundred; for one that is damaged.
         """
+        if num < 1 or isinstance(generator, list) and len(generator) != num:
+            count = f" with {len(generator)} generators" if isinstance(generator, list) else ""
+            raise ValueError(f"num={num}{count} is not allowed: give 1 or more, and one generator or one for each")
+        for name in ("body_region", "anatomy_list"):
+            if request.get(name) is not None and not isinstance(request[name], str):
+                request[name] = list(request[name])  # it may be read but once
         entries = self.search(output_size=output_size, spacing=spacing, exact=False, **request)
         vocabulary = request.get("vocabulary", LABELS)
         wanted = {label_index(anatomy, vocabulary) for anatomy in request.get("anatomy_list") or ()}
+        unwanted = set(request.get("tumors", TUMORS)) - wanted
         regions = {region_of_word(word) for word in request.get("body_region") or ()}
-        lost = Counter()
+        passed_over, reasons = 0, Counter()
         found: dict[MaskEntry, FoundMask] = {}
         while True:
-            distances = [grid_distance(entry, output_size, spacing) for entry in entries]
+            distances = [
+                0.0 if _has_grid(entry, output_size, spacing) else grid_distance(entry, output_size, spacing)
+                for entry in entries
+            ]
             chosen = self.select(entries, num, generator, distances)
             for entry in chosen:
                 if entry not in found:
                     found[entry] = self._load_on_grid(entry, output_size, spacing)
-            spoiled = [
-                entry
+            spoiled = {
+                entry: reason
                 for entry in set(chosen)
-                if not (wanted <= found[entry].labels and regions <= _shown(found[entry].regions))
-            ]
+                if (reason := _shortcomings(found[entry], wanted, unwanted, regions, vocabulary))
+            }
             if not spoiled:
                 return [found[entry] for entry in chosen]
-            lost.update(label_name(label, vocabulary) for one in spoiled for label in wanted - found[one].labels)
-            lost.update("the region" for one in spoiled if wanted <= found[one].labels)
-            for one in spoiled:  # there may be thousands, and each is a volume
-                del found[one]
+            for entry, reason in spoiled.items():
+                reasons.update(reason)
+                del found[entry]  # there may be thousands, and each is a volume
+            passed_over += len(spoiled)
             entries = [entry for entry in entries if entry not in spoiled]
-            if not entries:
+            if not entries or passed_over >= MAX_LOADED:
                 raise ValueError(
-                    f"no label map keeps what was asked for on {_grid(output_size, spacing)}; they lose "
-                    f"{_counts(lost)}; give a larger field of view or a finer spacing"
+                    f"none of {passed_over} label maps has what was asked for on {_grid(output_size, spacing)}: they "
+                    f"are {_counts(reasons)}; give a larger field of view or a finer spacing"
                 )
 
     def _load_on_grid(
@@ -282,7 +298,7 @@ class MaisiMaskDatabase:
     ) -> "FoundMask":
         image = self.load(entry)
         if _has_grid(entry, size, spacing):
-            return FoundMask(image, entry, entry.regions, set(entry.label_list))
+            return FoundMask(image, entry, entry.regions, set(labels_present(np.asarray(image.dataobj))))
         image = resample_to_grid(image, size, spacing, order=0, fill=0)
         labels = set(labels_present(np.asarray(image.dataobj)))
         try:
@@ -327,8 +343,7 @@ class MaisiMaskDatabase:
 
         Raises:
             FileNotFoundError: if its file is not there.
-            ValueError: if it is damaged, no label map, or not what the entry says: another size or spacing, a label
-                that is missing, a tumor that is not listed.
+            ValueError: if it is damaged, no label map, or has another size or spacing than the entry says.
         """
         name = entry.pseudo_label_filename
         source = self._fetch(glob.escape(name))
@@ -344,7 +359,7 @@ class MaisiMaskDatabase:
             line = " ".join(str(error).split()).rstrip(".")
             raise ValueError(
                 f"Label map {name!r} of {str(source)!r} is not usable: {line}; download the database again, or take "
-                "its entry out of the list."
+                "its entry out of the list; for label maps of your own remove the list and make it anew."
             ) from error
         return image
 
@@ -389,13 +404,19 @@ def check_entry(image: nib.Nifti1Image, entry: MaskEntry) -> None:
     if not np.allclose(spacing_of(image), entry.spacing, rtol=0.01):
         spacing = tuple(round(mm, 4) for mm in spacing_of(image))
         raise ValueError(f"it has spacing {spacing} in RAS+, but its entry says {entry.spacing}")
-    present, listed = set(labels_present(np.asarray(image.dataobj))), set(entry.label_list)
-    missing = listed - present - {BODY}
-    if missing:
-        raise ValueError(f"it has no {_names(missing, LABELS, ', ')}, which its entry lists")
-    surplus = (present - listed) & set(TUMORS)
-    if surplus:
-        raise ValueError(f"it has {_names(surplus, LABELS, ', ')}, which its entry does not list")
+
+
+def _shortcomings(
+    mask: FoundMask, wanted: set[int], unwanted: set[int], regions: set[int], vocabulary: Mapping[str, int]
+) -> list[str]:
+    """What a label map does not have, or has, against what was asked for: lost when it was resampled, or because its
+    entry says what is not so."""
+    reasons = [f"without {label_name(label, vocabulary)}" for label in sorted(wanted - mask.labels)]
+    unlisted = sorted(unwanted & mask.labels)
+    reasons += [f"with {label_name(label, vocabulary)} that is not in the list" for label in unlisted]
+    if not reasons and not regions <= _shown(mask.regions):
+        reasons = ["without the region"]
+    return reasons
 
 
 def _shown(regions: tuple[int, int] | None) -> set[int]:

@@ -18,6 +18,7 @@ from ..workers import map_in_processes
 from .json_list import read_json_list
 from .label_map import load_label_map
 from .mask_entry import MaskEntry, read_entry
+from .mask_files import safe_name
 from .regions import one_hot, regions_from_labels
 from .vocabulary import labels_present
 
@@ -71,6 +72,7 @@ def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> N
 def describe_label_map(masks: Path, name: str) -> tuple[str, MaskEntry | str]:
     """The name of a label map, and its entry or else what is wrong with it."""
     try:
+        safe_name(name)
         image = to_ras(load_label_map(whole_numbers(load_volume(masks / name))))
     except (ValueError, OSError, ImageFileError) as error:
         return name, f"{name}: {error}"

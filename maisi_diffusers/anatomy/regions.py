@@ -13,6 +13,9 @@ REGION_LABELS: tuple[frozenset[int], ...] = (
 )
 """Labels that place a mask in each region, as the published models were trained."""
 
+REGION_WORDS: tuple[str, ...] = ("head", "chest", "abdomen", "pelvis")
+"""The word for each of them in `body_region`."""
+
 REGION_OF_WORD: dict[str, int] = {"head": 0, "chest": 1, "thorax": 1, "abdomen": 2, "pelvis": 3, "lower": 3}
 
 

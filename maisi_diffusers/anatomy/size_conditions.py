@@ -44,7 +44,7 @@ def check_sizes(sizes: object) -> list[float]:
 
 
 def complete_anatomy_size(given: Iterable[tuple[str, float]], conditions: Iterable[Iterable[float]]) -> list[float]:
-    """The sizes of all controllable anatomy, from those of some (published rule, but for tumors: see below).
+    """The sizes of all controllable anatomy, from those of some (published rule).
 
     Args:
         given: pairs of name and size, 0..1 or -1 for absent.
@@ -52,8 +52,8 @@ def complete_anatomy_size(given: Iterable[tuple[str, float]], conditions: Iterab
 
     Returns:
         the given sizes, and for the other organs those of the nearest case: the sum of the differences in what is
-        given is the least, where absence counts as -1. Of the cases, those that have a given tumor come before others.
-        A tumor that is not given is absent, whatever the nearest case has: there can be one at most.
+        given is the least, where absence counts as -1. A tumor that is not given is absent, whatever the nearest case
+        has: it was not asked for.
 
     Example:
 
@@ -65,13 +65,7 @@ def complete_anatomy_size(given: Iterable[tuple[str, float]], conditions: Iterab
     ```
     """
     wanted = {CONTROLLABLE_ANATOMY.index(name): float(size) for name, size in given}
-    present = [i for i in _TUMORS if wanted.get(i, ABSENT) != ABSENT]
-
-    def distance(case: list[float]) -> tuple[int, float]:
-        lacking = sum(case[i] == ABSENT for i in present)
-        return lacking, sum(abs(case[i] - size) for i, size in wanted.items())
-
-    nearest = min(conditions, key=distance)
+    nearest = min(conditions, key=lambda case: sum(abs(case[i] - size) for i, size in wanted.items()))
     completed = [ABSENT if i in _TUMORS else size for i, size in enumerate(nearest)]
     for i, size in wanted.items():
         completed[i] = size

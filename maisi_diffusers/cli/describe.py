@@ -10,8 +10,7 @@ import yaml
 from accelerate import init_empty_weights
 
 from .. import models, schedulers
-from ..anatomy import CONTROLLABLE_ANATOMY, DUMMIES, LABELS, MaisiMaskDatabase
-from ..anatomy.mask_database import REGION_WORDS
+from ..anatomy import CONTROLLABLE_ANATOMY, DUMMIES, LABELS, REGION_WORDS, MaisiMaskDatabase
 from ..loaders import Repository
 from ..pipelines import MaisiCTPipeline
 from ..pipelines.anatomy_files import AnatomyFiles

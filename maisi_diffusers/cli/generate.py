@@ -127,6 +127,9 @@ def generate(
             help="How many times an image whose organs have the wrong HU is made again; 2 if not given.",
         ),
     ] = None,
+    no_quality_check: Annotated[
+        bool, option(SAMPLING, "--no-quality-check", help="Do not look at the HU of the organs at all.")
+    ] = False,
     guidance_scale: Annotated[
         float | None,
         option(
@@ -248,6 +251,7 @@ def generate(
         "restore_grid": restore_grid or None,
         "augment_mask": False if as_is else None,
         "quality_retries": quality_retries,
+        "quality_check": False if no_quality_check else None,
         "keep_only_anatomy_list": keep_only_anatomy or None,
         "image": None if image is None else str(image),
         "strength": strength,

@@ -20,6 +20,7 @@ OPTIONS = {
     "restore_grid": "--restore-grid",
     "augment_mask": "--as-is",
     "quality_retries": "--quality-retries",
+    "quality_check": "--no-quality-check",
     "keep_only_anatomy_list": "--keep-only-anatomy",
     "image": "--image",
     "strength": "--strength",

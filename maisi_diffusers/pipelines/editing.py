@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,6 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from scipy import ndimage
 
-from ..anatomy import load_label_map
 from ..imaging import background_value, ct_to_nifti, from_hu, load_volume, resample_like, spacing_of
 from ..models import AutoencoderKLMaisi
 from ..schedulers.flow_solvers import integrates_flow
@@ -75,8 +75,7 @@ class Edit:
 
 def prepare_edit(
     image: str | os.PathLike | nib.Nifti1Image,
-    mask: str | os.PathLike | nib.Nifti1Image,
-    mask_vocabulary: str,
+    mask: nib.Nifti1Image,
     label_map: nib.Nifti1Image,
     repaint_labels: Mapping[int, str] | None,
     feather: float,
@@ -89,8 +88,7 @@ def prepare_edit(
 
     Args:
         image: path or image, on the grid of `mask`.
-        mask: its label map, as it is to be afterwards.
-        mask_vocabulary: whose labels it has.
+        mask: its label map, as it is to be afterwards, in MAISI's vocabulary.
         label_map: the same on the model's grid, in RAS+.
         repaint_labels: labels to paint anew, and their names; all of the CT if not given.
         feather: mm around them.
@@ -102,16 +100,16 @@ def prepare_edit(
         FileNotFoundError: a file that is not there.
         ValueError: image and mask on different grids; no voxel of the labels, in the mask or on the model's grid.
     """
-    image, labels = load_volume(image), load_label_map(mask, mask_vocabulary)
-    if image.shape != labels.shape or not np.allclose(image.affine, labels.affine, atol=1e-3):
+    image = load_volume(image)
+    if image.shape != mask.shape or not np.allclose(image.affine, mask.affine, atol=1e-3):
         raise ValueError(
-            f"image has size {image.shape} and mask {labels.shape}, or their affines differ: give a label map that is "
+            f"image has size {image.shape} and mask {mask.shape}, or their affines differ: give a label map that is "
             "drawn on the image"
         )
     weights = latent_weights = None
     if repaint_labels is not None:
         names = ", ".join(repaint_labels.values())
-        weights = paint_weights(labels, repaint_labels, feather)
+        weights = paint_weights(mask, repaint_labels, feather)
         if weights is None:
             raise ValueError(f"repaint_labels: the mask has no {names}; draw it in the mask first, or leave it out")
         on_grid = paint_weights(label_map, repaint_labels, feather)
@@ -185,12 +183,12 @@ def check_edit(
         raise ValueError("image is changed to fit a label map, and there is none: give mask=")
     if output_type != "nifti":
         raise ValueError(f"image is returned on its own grid, which output_type='nifti' has, not {output_type!r}")
-    if not 0 <= feather < math.inf:
-        raise ValueError(f"feather={feather} is not allowed: give mm, 0 or more")
+    if not isinstance(feather, Real) or not 0 <= feather < math.inf:
+        raise ValueError(f"feather={feather!r} is not allowed: give mm, 0 or more")
     if repaint_labels is None and feather != FEATHER:
         raise ValueError("feather is around repaint_labels, and there are none: give both or neither")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength={strength} is not allowed: give 0 (nothing changes) to 1")
+    if not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength!r} is not allowed: give 0 (nothing changes) to 1")
     if repaint_labels is not None and (not isinstance(repaint_labels, (list, tuple)) or not repaint_labels):
         raise ValueError(f"repaint_labels={repaint_labels!r} is not allowed: give a list of labels or names")
     if not integrates_flow(scheduler) and not isinstance(scheduler, DDPMScheduler):

@@ -14,9 +14,9 @@ CT_RULES = {
     "equal_xy_spacing": True,
     "min_fov_xy": 256.0,
 }
-# Published for MR.
+# Published for MR: two axes equal.
 MR_RULES = {
-    "sizes": [[xy, xy, 128] for xy in (128, 256, 384, 512)] + [[128, 256, 256], [256, 128, 256], [256, 256, 256]],
+    "sizes": [[xy, xy, 128] for xy in (128, 256, 384, 512)] + [[x, y, 256] for x in (128, 256) for y in (128, 256)],
     "min_spacing": [0.4, 0.4, 0.4],
     "max_spacing": [5.0, 5.0, 5.0],
     "equal_xy_spacing": False,

@@ -17,6 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import distributed as dist
 
 from ..anatomy import (
+    LABELS,
     TUMORS,
     add_body_label,
     augment,
@@ -58,7 +59,7 @@ from .denoising import check_sampling, denoise, prediction_type_of, prepare_late
 from .editing import FEATHER, Edit, add_noise, check_edit, first_step, prepare_edit
 from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid, nearest_grid
 from .parallel import of_first, spread
-from .pipeline_maisi_mask import MaisiMaskPipeline, anatomy_size_vector
+from .pipeline_maisi_mask import RFLOW_STEPS, MaisiMaskPipeline, anatomy_size_vector
 from .pipeline_output import MaisiCTPipelineOutput
 from .recommended_grids import (
     MR_FOVS,
@@ -211,7 +212,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         is_ct = version.endswith("-ct")
         pipe = cls(
             **components,
-            num_inference_steps=30 if VERSIONS[version].kind == "rflow" else 1000,
+            num_inference_steps=RFLOW_STEPS if VERSIONS[version].kind == "rflow" else 1000,
             modality="ct" if is_ct else "mri",
             input_rules=CT_RULES if is_ct else MR_RULES,
             guidance_scale=VERSIONS[version].guidance_scale,
@@ -322,6 +323,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             label_index(anatomy, self.vocabulary)
         if controllable_anatomy_size is not None or anatomy_size is not None:
             anatomy_size_vector(controllable_anatomy_size, anatomy_size)
+        nothing = np.zeros((1, 1, 1), dtype=np.uint8)  # a model's own thresholds may be wrong
+        check_quality(nothing, nothing, self.config.quality_thresholds, self.vocabulary)
 
         sources = {
             "mask": mask,
@@ -410,6 +413,13 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             grid = recommended_grid(map(region_of_word, body_region)) or grid
         if fovs := self.suitable_fovs(body_region, modality):
             grid = nearest_grid(fovs[0], (MR_VOXEL,) * 3, self.size_multiple, self.config.input_rules)
+        elif self.config.recommended_fovs and None in (output_size, spacing):
+            of = f" of {' and '.join(body_region)}" if body_region else ""
+            known = ", ".join(sorted(self.config.recommended_fovs))
+            raise ValueError(
+                f"this model has no recommended field of view for modality {modality}{of}: give output_size= and "
+                f"spacing=, or another modality or region (it has some for {known})"
+            )
         if output_size is None and spacing is None:
             output_size, spacing = grid
         elif output_size is None or spacing is None:
@@ -431,7 +441,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
     ) -> None:
         """Warn where the published model has seen no such field of view of these regions."""
         if message := describe_unusual_mr_fov(self.suitable_fovs(body_region, modality), output_size, spacing):
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
         if self.config.input_rules != CT_RULES:
             return
         if body_region:
@@ -445,31 +455,46 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         else:
             return
         if message := describe_unusual_fov(regions, output_size, spacing):
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
 
-    def prepare_mask(
+    def load_mask(
         self,
         mask: str | os.PathLike | nib.Nifti1Image,
         mask_vocabulary: str,
         body_image: str | os.PathLike | nib.Nifti1Image | None,
-        output_size: tuple[int, int, int] | None,
-        spacing: tuple[float, float, float] | None,
     ) -> nib.Nifti1Image:
         """
-        The user's label map as the model needs it: MAISI's labels with the body, in RAS+, on the wanted grid.
+        The user's label map in MAISI's labels and with the body, on its own grid.
 
         Args:
             mask: path or image, any orientation and affine.
             mask_vocabulary: `"maisi"` or `"totalsegmentator"`.
             body_image: the CT it was drawn on, for the outline of the body.
+
+        Returns:
+            uint8 labels.
+        """
+        labels = load_label_map(mask, mask_vocabulary)
+        return add_body_label(labels, None if body_image is None else load_volume(body_image))
+
+    def prepare_mask(
+        self,
+        mask: nib.Nifti1Image,
+        output_size: tuple[int, int, int] | None,
+        spacing: tuple[float, float, float] | None,
+    ) -> nib.Nifti1Image:
+        """
+        The user's label map as the model needs it: in RAS+, on the wanted grid.
+
+        Args:
+            mask: uint8 labels in MAISI's vocabulary, with the body, in any orientation and affine.
             output_size: voxels along X, Y, Z; the nearest allowed one if not given.
             spacing: mm along X, Y, Z; what keeps the field of view if not given.
 
         Returns:
             uint8 labels; the affine keeps the centre and the axes of the user's.
         """
-        labels = load_label_map(mask, mask_vocabulary)
-        labels = to_ras(add_body_label(labels, None if body_image is None else load_volume(body_image)))
+        labels = to_ras(mask)
         output_size, spacing = fit_grid(
             labels.shape, spacing_of(labels), output_size, spacing, self.size_multiple, self.config.input_rules
         )
@@ -482,7 +507,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             warnings.warn(
                 f"{names}: not in the label map any more on the grid {output_size} of {spacing} mm; "
                 "use a larger output_size or a finer spacing to keep them",
-                stacklevel=3,
+                stacklevel=4,
             )
         return on_grid
 
@@ -519,19 +544,22 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             tumors=self.tumors,
         )
         affine = spacing_affine(spacing)
+        wanted = {label_index(anatomy, self.vocabulary) for anatomy in anatomy_list or ()}
         generators = generator if isinstance(generator, list) else [generator] * num_images
         label_maps, reports = [], []
         for one, mask in zip(generators, found):
             labels, tumors = np.asarray(add_body_label(mask.image).dataobj), []
             if augment_mask:
-                labels, tumors = augment(labels, spacing, one, self.tumors)
+                variant, tumors = augment(labels, spacing, one, self.tumors)
+                if wanted <= set(labels_present(variant)):  # a label of some voxels can fall between those of a zoom
+                    labels = variant
                 for tumor in tumors:
                     if not tumor.is_moved:
                         warnings.warn(
                             f"{label_name(tumor.tumor, self.vocabulary)} stays where it is in "
                             f"{mask.entry.pseudo_label_filename!r}: in {tumor.tries} tries there was no other place "
                             "for it in its organ",
-                            stacklevel=3,
+                            stacklevel=4,
                         )
             label_maps.append(labels_to_nifti(labels, affine))
             entry = mask.entry
@@ -550,7 +578,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         spacing: tuple[float, float, float],
     ) -> tuple[list[nib.Nifti1Image], list[dict]]:
         """Label maps made by [`MaisiMaskPipeline`], one an image, on the wanted grid, and its reports; the sizes that
-        are not given are those of a real case, where the model has some."""
+        are not given are those of a real case, where the model has some. What was made and is not on the grid is
+        warned of."""
         if controllable_anatomy_size is not None and self.anatomy_size_conditions is not None:
             anatomy_size = complete_anatomy_size(controllable_anatomy_size, self.anatomy_size_conditions)
             controllable_anatomy_size = None
@@ -567,6 +596,15 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         mask_pipeline.set_progress_bar_config(**{"desc": "Label map", **getattr(self, "_progress_bar_config", {})})
         made = mask_pipeline(controllable_anatomy_size, anatomy_size, num_images, generator=generator)
         masks = [resample_to_grid(mask, output_size, spacing, order=0, fill=0) for mask in made.masks]
+        for i, (mask, report) in enumerate(zip(masks, made.reports)):
+            present = labels_present(np.asarray(mask.dataobj))
+            lost = [name for name, one in report["anatomy"].items() if one["ml"] and LABELS[name] not in present]
+            if lost:
+                warnings.warn(
+                    f"label map {i} was made with {', '.join(lost)}, which is not on the grid {output_size} of "
+                    f"{spacing} mm: use a larger field of view or a finer spacing, or another seed",
+                    stacklevel=4,
+                )
         return masks, made.reports
 
     def prepare_conditions(
@@ -791,6 +829,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         strength: float = 1.0,
         repaint_labels: list[int | str] | None = None,
         feather: float = FEATHER,
+        quality_check: bool = True,
     ) -> MaisiCTPipelineOutput | tuple:
         r"""
         Args:
@@ -836,6 +875,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             repaint_labels: paint these labels of `mask` anew, and nothing else: beyond `feather` around them the CT
                 stays the same to the voxel.
             feather: mm around `repaint_labels` in which the new image passes into the given one.
+            quality_check: check the images; `False` takes them as they are.
 
         Raises:
             FileNotFoundError: a file that is not there.
@@ -885,7 +925,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             )
         label_maps = regions = None
         if mask is not None:
-            label_maps = [self.prepare_mask(mask, mask_vocabulary, body_image, output_size, spacing)]
+            own_label_map = self.load_mask(mask, mask_vocabulary, body_image)
+            label_maps = [self.prepare_mask(own_label_map, output_size, spacing)]
             output_size, spacing = label_maps[0].shape, spacing_of(label_maps[0])
         else:
             output_size, spacing = self.choose_grid(body_region, modality, output_size, spacing)
@@ -924,9 +965,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             indices = [label_index(one, self.vocabulary) for one in repaint_labels]
             repainted = {index: label_name(index, self.vocabulary) for index in indices}
         if image is not None:
-            edit = prepare_edit(
-                image, mask, mask_vocabulary, label_maps[0], repainted, feather, self.vae, modality, device
-            )
+            edit = prepare_edit(image, own_label_map, label_maps[0], repainted, feather, self.vae, modality, device)
 
         # 3. Prepare conditions
         conditions = self.prepare_conditions(num_images, spacing, modality, body_region, label_maps, device, regions)
@@ -983,7 +1022,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 hu = images[i][0, 0].cpu().numpy()
                 if output_type != "pt":
                     images[i] = hu  # not on the device, where the next one needs the memory
-                if labels is not None:
+                if labels is not None and quality_check:
                     # Of a CT that is repainted in part, only what is new can be at fault.
                     checked = labels if repainted is None else np.where(np.isin(labels, list(repainted)), labels, 0)
                     qualities[i] = self.check_quality(hu, checked, modality)
@@ -1013,14 +1052,13 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 affine = edit.image.affine
             images = [ct_to_nifti(made, affine) for made in images]
             if edit is not None:
-                labels = [resample_like(label_map, edit.image, order=0, fill=0) for label_map in labels]
+                labels = [own_label_map] * num_images  # to the voxel, too
                 if strength > 0:
                     images = [edit.compose(made, reconstruction) for made in images]
             elif restore_grid:
-                own_grid = load_volume(mask)
                 air = background_value(modality)
-                labels = [resample_like(label_map, own_grid, order=0, fill=0) for label_map in labels]
-                images = [resample_like(image, own_grid, order=1, fill=air) for image in images]
+                labels = [resample_like(label_map, own_label_map, order=0, fill=0) for label_map in labels]
+                images = [resample_like(image, own_label_map, order=1, fill=air) for image in images]
                 images = [
                     ct_to_nifti(np.where(label_map.dataobj, image.dataobj, air), image.affine)
                     for image, label_map in zip(images, labels)

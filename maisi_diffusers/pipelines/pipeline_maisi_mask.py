@@ -1,6 +1,7 @@
 """Label maps from anatomy sizes."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from numbers import Real
@@ -43,6 +44,8 @@ def anatomy_size_vector(
     given = controllable_anatomy_size if anatomy_size is None else anatomy_size
     if not isinstance(given, (list, tuple)):
         raise ValueError(f"{given!r} is not a list: give pairs like ('liver', 0.5), or the vector of 10 sizes")
+    if not given:
+        raise ValueError("there is no size in the list: give pairs like ('liver', 0.5), or the vector of 10 sizes")
     if anatomy_size is None:
         for pair in controllable_anatomy_size:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], Real):
@@ -267,6 +270,14 @@ class MaisiMaskPipeline(DiffusionPipeline):
         else:
             masks = self.decode(latents)[:, 0].cpu().numpy()
             masks, reports = zip(*(self.finish(mask, sizes, clean_up) for mask in masks))
+            for i, report in enumerate(reports):
+                missing = [name for name, one in report["anatomy"].items() if not one["ml"]]
+                if missing:
+                    warnings.warn(
+                        f"label map {i} has no {' and no '.join(missing)}, which was asked for: another seed may give "
+                        "one, or another size",
+                        stacklevel=3,
+                    )
         self.maybe_free_model_hooks()
         if output_type == "nifti":
             masks = [labels_to_nifti(mask, spacing_affine(self.config.mask_spacing)) for mask in masks]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..anatomy import region_of_word
+from ..anatomy import REGION_WORDS, region_of_word
 from ..imaging import modality_code, modality_names
 
 Grid = tuple[tuple[int, int, int], tuple[float, float, float]]
@@ -58,9 +58,10 @@ def recommended_grid(regions: Iterable[int]) -> Grid | None:
 def describe_unusual_fov(
     regions: Iterable[int], size: tuple[int, int, int], spacing: tuple[float, float, float]
 ) -> str | None:
-    """What to say of a field of view that is far from that of the training data for regions; `None` if it is not, or
-    these are not known."""
+    """What to say of a field of view that is far from that of the training data for regions and all between them;
+    `None` if it is not, or these are not known."""
     regions = set(regions)
+    regions = set(range(min(regions), max(regions) + 1))
     grid = recommended_grid(regions)
     if grid is None:
         return None
@@ -68,7 +69,7 @@ def describe_unusual_fov(
     limits = (XY_FOV, XY_FOV, Z_FOV)
     if all(low <= mm / other <= high for (low, high), mm, other in zip(limits, fov, usual)):
         return None
-    words = " and ".join(word for word in ("head", "chest", "abdomen", "pelvis") if region_of_word(word) in regions)
+    words = " and ".join(word for i, word in enumerate(REGION_WORDS) if i in regions)
     return (
         f"the field of view of {_mm(fov)} of size {tuple(size)} is far from the {_mm(usual)} that the model has seen "
         f"of {words}: expect a worse image, or choose a size and spacing nearer to {grid[0]} at {grid[1]} mm"

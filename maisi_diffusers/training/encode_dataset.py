@@ -147,7 +147,7 @@ def load_vae(args: argparse.Namespace) -> AutoencoderKLMaisi:
             f"--vae {args.vae} holds {given[0]} with in_channels={given[1]}, must be AutoencoderKLMaisi with "
             "in_channels=1 for images or 8 for label maps: give one of these, or the pipeline it belongs to"
         )
-    return AutoencoderKLMaisi.from_pretrained(args.vae, variant=args.variant, torch_dtype=dtype, **source)
+    return AutoencoderKLMaisi.from_pretrained(args.vae, variant=args.variant, dtype=dtype, **source)
 
 
 def fingerprint(vae: AutoencoderKLMaisi) -> str:

@@ -14,6 +14,7 @@ from ..anatomy import (
     BODY,
     CONTROLLABLE_ANATOMY,
     LABELS,
+    REGION_WORDS,
     TUMORS,
     label_colours,
     label_name,
@@ -27,9 +28,6 @@ from ..imaging import save_preview, spacing_of, to_ras
 from ..pipelines import MaisiCTPipeline, MaisiMaskPipeline
 from .data_list import Case
 from .dataset import LatentDataset
-
-REGION_WORDS = ("head", "chest", "abdomen", "pelvis")
-"""A `body_region` word for each of the four regions."""
 
 IS_TUMOR = np.array([LABELS[name] in TUMORS for name in CONTROLLABLE_ANATOMY])
 

@@ -238,8 +238,6 @@ UNUSABLE = {
     "another size": ({"dim": [24, 16, 24]}, "size (24, 16, 32)", "(24, 16, 24)"),
     "axes swapped": ({"dim": [16, 24, 32]}, "in RAS+", "(16, 24, 32)"),
     "another spacing": ({"spacing": [2.0, 2.0, 3.1]}, "(2.0, 2.0, 3.0)", "3.1"),
-    "a label is missing": ({"label_list": [1, 3, 24]}, "no spleen", "entry lists"),
-    "a tumor is not listed": ({"label_list": [1]}, "pancreatic tumor", "does not list"),
     "text": ({"image": gzip.compress(b"not a volume")}, "not usable", "download"),
     "empty": ({"image": b""}, "not usable", "download"),
     "cut short": ({"image": gzip.compress(GOOD.to_bytes())[:100]}, "cannot be read", "cut short"),
@@ -367,6 +365,9 @@ def test_missing_masks(tmp_path):
         MaisiMaskDatabase(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing.json'; download it"):
         MaisiMaskDatabase(tmp_path / "missing.json")
+    (tmp_path / "candidate_masks.json").rename(tmp_path / "candidate_masks_4000.json")
+    with pytest.raises(FileNotFoundError, match="has no 'candidate_masks.json'; .*from_folder.* give the path"):
+        MaisiMaskDatabase(tmp_path)
 
 
 def test_list_that_is_spoiled_otherwise(tmp_path):

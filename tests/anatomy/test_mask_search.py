@@ -1,11 +1,13 @@
 """Label maps on the wanted grid: those that have it, or the nearest."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from maisi_diffusers import MaisiMaskDatabase
+from maisi_diffusers.anatomy import mask_database
 from maisi_diffusers.imaging import spacing_of
 from tests.mask_databases import make_database, make_entry, make_mask, one_hot
 from tests.tiny import SIZE, SPACING, seeded
@@ -83,7 +85,7 @@ def test_one_that_loses_what_was_asked_for_is_passed_over(tmp_path):
     content = [item for item in content if item["pseudo_label_filename"].endswith(name)]
     (folder / "candidate_masks.json").write_text(json.dumps(content))
     with pytest.raises(
-        ValueError, match=r"keeps what was asked for .*they lose pancreatic tumor \(1\); give a larger"
+        ValueError, match=r"none of 1 label maps has what was asked .*they are without pancreatic tumor \(1\); give a"
     ):
         MaisiMaskDatabase(folder).find(1, seeded(), anatomy_list=["pancreatic tumor"], **grid)
 
@@ -97,7 +99,7 @@ def test_one_that_loses_the_region_is_passed_over(tmp_path):
     (folder / "candidate_masks.json").write_text(json.dumps([content]))
     grid = {"output_size": (24, 16, 24), "spacing": SPACING}
     assert MaisiMaskDatabase(folder).find(1, seeded(), body_region=["abdomen"], **grid)
-    with pytest.raises(ValueError, match=r"keeps what was asked for .*they lose the region \(1\); give a larger"):
+    with pytest.raises(ValueError, match=r"they are without the region \(1\); give a larger field"):
         MaisiMaskDatabase(folder).find(1, seeded(), body_region=["head"], **grid)
 
 
@@ -115,6 +117,60 @@ def test_too_large_a_target(database):
 def test_tumors_not_asked_for_do_not_come_with_the_nearest(database):
     for mask in database.find(8, seeded(), output_size=(20, 16, 32), spacing=SPACING):
         assert not mask.labels & {23, 24, 26, 27, 128}
+
+
+@pytest.mark.parametrize(
+    ("listed", "reason"),
+    [([1, 4, 23, 200], "without lung tumor"), ([1, 4, 200], "with pancreatic tumor that is not in the list")],
+)
+def test_one_that_is_not_what_the_list_says_is_passed_over(tmp_path, listed, reason):
+    """Whatever else it says of other labels, which nobody asked for."""
+    wanted = ["lung tumor"] if 23 in listed else ["pancreas"]
+    folder = make_database(tmp_path)
+    content = json.loads((folder / "candidate_masks.json").read_text())
+    wrong = make_entry("abdomen/pancreas") | {"label_list": [*listed, 3]}  # no spleen there, and it does not matter
+    others = [one for one in content if one["pseudo_label_filename"] != wrong["pseudo_label_filename"]]
+    (folder / "candidate_masks.json").write_text(json.dumps([wrong, *others]))
+    for seed in range(3):
+        (found,) = MaisiMaskDatabase(folder).find(1, seeded(seed), anatomy_list=wanted, **GRID)
+        assert names([found]) == [{"lung tumor": "chest/tumor", "pancreas": "abdomen/healthy"}[wanted[0]]]
+
+    (folder / "candidate_masks.json").write_text(json.dumps([wrong]))
+    with pytest.raises(ValueError, match=f"{reason} "):
+        MaisiMaskDatabase(folder).find(1, seeded(), anatomy_list=wanted, **GRID)
+
+
+def test_the_search_ends(database, monkeypatch):
+    """Where thousands lose what was asked for, not all of them are read."""
+    monkeypatch.setattr(mask_database, "MAX_LOADED", 2)
+    loaded = []
+    monkeypatch.setattr(database, "load", lambda entry: loaded.append(entry) or make_mask([200], SIZE, SPACING))
+    with pytest.raises(ValueError, match="none of 2 label maps has what was asked for"):
+        database.find(1, seeded(), body_region=["chest"], anatomy_list=["heart"], **GRID)
+    assert len(loaded) == 2
+
+
+def test_spacings_that_are_alike_up_to_rounding_are_chosen_at_random(database, monkeypatch):
+    """512 voxels make a tenth of a millimetre of what is a difference of 0.0003 mm."""
+    spacings = (0.684, 0.684, 0.6843, 0.6837)
+    entries = [replace(database.entries[0], dim=(512, 512, 512), spacing=(mm,) * 3) for mm in spacings]
+    monkeypatch.setattr(database, "entries", entries)
+    monkeypatch.setattr(database, "load", lambda entry: make_mask([28, 200], SIZE, SPACING))
+    grid = {"output_size": (512, 512, 512), "spacing": (0.684,) * 3}
+    chosen = {database.find(1, seeded(seed), body_region=["chest"], **grid)[0].entry for seed in range(24)}
+    assert chosen == set(entries)
+
+
+@pytest.mark.parametrize(("num", "generators"), [(0, None), (-1, None), (3, 1), (1, 2)])
+def test_wrong_numbers(database, num, generators):
+    generator = None if generators is None else [seeded()] * generators
+    with pytest.raises(ValueError, match=f"num={num}.* is not allowed: give 1 or more, and one generator or one for"):
+        database.find(num, generator, **GRID)
+
+
+def test_a_request_that_can_be_read_once(database):
+    (found,) = database.find(1, seeded(), anatomy_list=(name for name in ["pancreatic tumor"]), **GRID)
+    assert 24 in found.labels
 
 
 def test_region_of_what_no_label_tells(tmp_path):

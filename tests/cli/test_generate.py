@@ -146,6 +146,37 @@ def test_quality_is_said(model, mask, tmp_path):
         assert record["attempts"] == attempts and record["quality"]["passed"] is False
         assert record["label_map"] is None and len(record["warnings"]) == 1
 
+    result = run("generate", *options, "--no-quality-check", "--force")
+    assert result.exit_code == 0 and "warning" not in result.stderr
+    assert json.loads((tmp_path / "out" / "model_seed0.json").read_text())["quality"] is None
+
+
+def test_a_ct_that_is_changed(base, mask, tmp_path):
+    hu = np.random.default_rng(0).normal(0, 300, SIZE).astype(np.int16)
+    own = tmp_path / "own.nii.gz"
+    nib.Nifti1Image(hu, nib.load(mask).affine).to_filename(own)
+    options = ["--image", own, "--repaint", "hepatic tumor", "--feather", 0]
+    assert run("generate", *base, *options).exit_code == 0
+    out = tmp_path / "out"
+    made, labels = (np.asarray(nib.load(out / f"tiny_seed0_{kind}.nii.gz").dataobj) for kind in ("ct", "labels"))
+    assert np.array_equal(labels, nib.load(mask).dataobj)
+    changed = made != hu
+    assert changed[labels == 26].any() and not changed[labels != 26].any()
+    arguments = json.loads((out / "tiny_seed0.json").read_text())["arguments"]
+    assert arguments["repaint_labels"] == ["hepatic tumor"] and arguments["image"] == str(own)
+
+    assert run("generate", *base, "--image", own, "--strength", 0, "--force").exit_code == 0
+    assert np.array_equal(nib.load(out / "tiny_seed0_ct.nii.gz").dataobj, hu)
+    message = error_of("generate", *base, "--repaint", "liver", "--force")
+    assert message.startswith("--repaint says how image is changed, and there is none: give both")
+
+
+def test_labels_that_are_kept(model, tmp_path):
+    options = ["--model", model, "--anatomy", "hepatic tumor", "--body-region", "abdomen", "--keep-only-anatomy"]
+    assert run("generate", *options, "--output", tmp_path).exit_code == 0
+    labels = np.asarray(nib.load(tmp_path / "tiny_seed0_labels.nii.gz").dataobj)
+    assert set(np.unique(labels)) == {0, 26}
+
 
 def looked_up(labels: Path) -> str:
     """Which label map of the database it is."""

@@ -275,6 +275,15 @@ def test_mr(checkpoint, expected, version, vae, unet):
     with pytest.raises(ValueError, match="no ControlNet"):
         pipe(output_size=(256, 256, 128))
 
+    pipe.register_to_config(input_rules=None, recommended_fovs=None)  # whose smallest volume takes too long here
+    request = {"image_only": True, "modality": "t1", "output_size": (16, 16, 16), "num_inference_steps": 2}
+    images = [
+        pipe(**request, **guidance, output_type="np", generator=torch.Generator().manual_seed(0)).images
+        for guidance in ({}, {"guidance_scale": pipe.config.guidance_scale}, {"guidance_scale": 0})
+    ]
+    assert images[0].shape == (1, 16, 16, 16) and images[0].std() > 0
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+
 
 def test_fields_without_effect_and_references(checkpoint, expected):
     def change(config):

@@ -99,7 +99,8 @@ def test_any_orientation_and_grid(pipe, ct):
     straight = edit(pipe, ct, mask, repaint_labels=[26])
     image = turned.images[0]
     assert image.shape == own.shape != ct.shape and np.allclose(image.affine, own.affine)
-    assert turned.labels[0].shape == image.shape
+    for out, given in ((turned, mask.as_reoriented(turn)), (straight, mask)):
+        assert np.array_equal(out.labels[0].dataobj, given.dataobj) and np.allclose(out.labels[0].affine, given.affine)
     assert np.array_equal(nib.as_closest_canonical(image).dataobj, straight.images[0].dataobj)
     far = ndimage.distance_transform_edt(
         np.asarray(mask.as_reoriented(turn).dataobj) != 26, sampling=nib.affines.voxel_sizes(image.affine)
@@ -197,6 +198,8 @@ WRONG = {
     "negative feather": ({"repaint_labels": [26], "feather": -5.0}, "feather=-5.0 is not allowed"),
     "endless feather": ({"repaint_labels": [26], "feather": float("inf")}, "feather=inf is not allowed"),
     "strength": ({"strength": 1.5}, "strength=1.5 is not allowed"),
+    "strength in words": ({"strength": "0.5"}, "strength='0.5' is not allowed"),
+    "feather in words": ({"repaint_labels": [26], "feather": "5"}, "feather='5' is not allowed"),
     "no labels": ({"repaint_labels": []}, "repaint_labels=\\[\\] is not allowed"),
     "no list": ({"repaint_labels": 26}, "repaint_labels=26 is not allowed"),
     "a name that is none": ({"repaint_labels": ["tumour"]}, "tumour"),

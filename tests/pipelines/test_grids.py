@@ -80,6 +80,16 @@ def test_what_suits_mr(version, regions, modality, fov):
     assert np.multiply(size, spacing) == pytest.approx(fov)
 
 
+@pytest.mark.parametrize("request_", [{}, {"output_size": (256, 256, 128)}, {"spacing": (1.0, 1.0, 1.0)}])
+@pytest.mark.parametrize("modality, regions", [("adc", None), ("flair", ["pelvis"])])
+def test_mr_that_nothing_is_recommended_for(modality, regions, request_):
+    pipe = make_mr("rflow-mr")
+    with pytest.raises(ValueError, match=r"no recommended field of view for modality \d+( of pelvis)?: give outp"):
+        pipe(image_only=True, modality=modality, body_region=regions, **request_)
+    grid = {"output_size": (128, 128, 128), "spacing": (1.0, 1.0, 1.0)}
+    assert pipe.choose_grid(regions, modality_code(modality), *grid.values()) == tuple(grid.values())
+
+
 @pytest.mark.parametrize("version", MR_FOVS)
 def test_what_suits_mr_is_the_same_after_saving(version, tmp_path):
     """JSON has names in alphabetical order."""
@@ -159,6 +169,9 @@ def test_the_warning(published, monkeypatch):
     with pytest.warns(UserWarning, match="the field of view of 768 x 768 x 256 mm of size .* of chest"):
         with pytest.raises(PreparedError):
             published(**request, body_region=["chest"], spacing=(1.5, 1.5, 2.0))
+    with pytest.warns(UserWarning, match="has seen of chest and abdomen and pelvis"):  # what is between them, too
+        with pytest.raises(PreparedError):
+            published(**request, body_region=["chest", "pelvis"], spacing=(0.5, 0.5, 1.0))
     with pytest.warns(UserWarning, match="has seen of chest and abdomen and pelvis"):  # by the labels of the map
         with pytest.raises(PreparedError):
             published(mask=make_label_map(), output_size=(256, 256, 128), spacing=(1.0, 1.0, 1.0))

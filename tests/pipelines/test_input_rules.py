@@ -12,6 +12,7 @@ from maisi_diffusers.pipelines.input_rules import CT_RULES, MR_RULES, check_grid
         (CT_RULES, (256, 256, 128), (1.0, 1.0, 5.0)),
         (CT_RULES, (384, 384, 640), (3.0, 3.0, 0.5)),
         (MR_RULES, (128, 256, 256), (1.25, 1.0, 1.0)),
+        (MR_RULES, (128, 128, 256), (1.25, 1.0, 1.0)),
         (MR_RULES, (512, 512, 128), (0.4, 0.5, 5.0)),
         (None, (64, 32, 96), (0.1, 7.0, 20.0)),
     ],
@@ -32,7 +33,7 @@ def test_allowed(rules, size, spacing):
         (CT_RULES, (512, 512, 128), (1, 1, 5.5), "0.5 to 5.0 mm along Z"),
         (CT_RULES, (512, 512, 128), (1, 1.1, 1), "differs in X and Y"),
         (CT_RULES, (256, 256, 128), (0.9, 0.9, 1), "230.4 x 230.4 mm.*256 mm"),
-        (MR_RULES, (128, 128, 256), (1, 1, 1), "not one that this model was trained for"),
+        (MR_RULES, (128, 256, 128), (1, 1, 1), "not one that this model was trained for"),
         (MR_RULES, (256, 256, 256), (0.3, 1, 1), "0.4 to 5.0 mm along X"),
     ],
 )

@@ -1,3 +1,5 @@
+import warnings
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from maisi_diffusers import MaisiCTPipeline, MaisiCTPipelineOutput, MaisiMaskPipeline
+from maisi_diffusers.imaging import resample_to_grid
 from tests.tiny import SIZE, SPACING, make_label_map, make_pipeline, seeded
 
 IMAGE_ONLY = {"image_only": True, "output_size": SIZE, "spacing": SPACING, "body_region": ["chest"]}
@@ -80,10 +83,9 @@ def test_generated_mask(pipe):
     mask = masks(controllable_anatomy_size=sizes, generator=seeded()).masks[0]
     assert mask.shape == (16, 16, 16) and mask.get_data_dtype() == np.uint8
     np.testing.assert_allclose(mask.affine, np.diag([6, 6, 6, 1]))
-    # The label map of the CT is that mask on the wanted grid: its centre voxel is the same.
+    # The label map of the CT is that mask on the wanted grid.
     labels = np.asarray(output.labels[0].dataobj)
-    assert labels.shape == SIZE
-    assert set(np.unique(labels)) <= set(np.unique(mask.dataobj)) | {0}
+    assert labels.any() and np.array_equal(labels, resample_to_grid(mask, SIZE, SPACING, order=0, fill=0).dataobj)
 
     several = pipe(
         anatomy_size=[0.1] * 5 + [-1] * 5,
@@ -95,6 +97,36 @@ def test_generated_mask(pipe):
         output_type="np",
     )
     assert not np.array_equal(several.labels[0], several.labels[1])
+
+
+def test_anatomy_that_is_not_where_it_was_asked_for(pipe, monkeypatch):
+    """Neither what was not made nor what lies beyond the grid of the CT goes without a word."""
+    labels = np.zeros((1, 1, 16, 16, 16), dtype=np.uint8)
+    labels[0, 0, 1:-1, 1:-1, 1:-1] = 200
+    labels[0, 0, 1:4, 1:4, 1:4] = 1
+    monkeypatch.setattr(MaisiMaskPipeline, "decode", lambda self, latents: torch.from_numpy(labels))
+    request = {"body_region": ["abdomen"], "output_type": "np", "generator": seeded()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe(
+            controllable_anatomy_size=[("liver", 0.5), ("hepatic tumor", 0.3)],
+            output_size=(16, 16, 16),
+            spacing=(3.0, 3.0, 3.0),
+            **request,
+        )
+    messages = [str(one.message) for one in caught if "label map 0" in str(one.message)]
+    assert len(messages) == 2
+    assert "has no hepatic tumor, which was asked for: another seed" in messages[0]
+    assert "was made with liver, which is not on the grid (16, 16, 16) of (3.0, 3.0, 3.0) mm: use a" in messages[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe(
+            controllable_anatomy_size=[("liver", 0.5)],
+            output_size=(16, 16, 16),
+            spacing=(6.0, 6.0, 6.0),
+            quality_check=False,
+            **request,
+        )
 
 
 @pytest.mark.parametrize("arguments", [{"mask": make_label_map()}, IMAGE_ONLY], ids=["mask", "image only"])

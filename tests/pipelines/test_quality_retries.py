@@ -118,6 +118,21 @@ def test_with_thresholds_of_the_model():
     json.dumps(out.reports)
 
 
+def test_without_a_check(pipe, recwarn):
+    out = call(pipe, [FAILED] * 3, quality_check=False)
+    assert out.reports == [{"label_map": None, "quality": None, "attempts": 1}] and len(pipe.verdicts) == 3
+    assert not [one for one in recwarn if "median" in str(one.message)]
+
+
+@pytest.mark.parametrize("thresholds", [{"livr": [0, 100]}, {"liver": [100, 0]}, {"liver": 5}])
+def test_wrong_thresholds_of_the_model(thresholds, monkeypatch):
+    pipe = make_pipeline(with_mask_networks=False)
+    pipe.register_to_config(quality_thresholds=thresholds)
+    monkeypatch.setattr(pipe, "sample", None)  # nothing is made before it is known
+    with pytest.raises(ValueError, match="'livr'|The median of 'liver' cannot have range"):
+        pipe(mask=make_label_map(), generator=seeded())
+
+
 @pytest.mark.parametrize("wrong", [-1, 1.5, "2", None])
 def test_bad_number(pipe, wrong):
     with pytest.raises(ValueError, match=f"quality_retries={wrong!r} is not allowed: give a whole number, 0 or more"):

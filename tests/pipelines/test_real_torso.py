@@ -3,8 +3,9 @@
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from maisi_diffusers.anatomy import load_label_map
+from maisi_diffusers.anatomy import LABELS, load_label_map
 from maisi_diffusers.imaging import resample_like, spacing_of
 from tests.tiny import MULTIPLE, make_pipeline, seeded
 
@@ -123,6 +124,24 @@ def test_restore_grid(generate, torso_labels):
     scores = dice(load_label_map(source, "totalsegmentator"), labels)
     assert np.mean(list(scores.values())) > 0.95 and min(scores.values()) > 0.85
     assert (np.asarray(image.dataobj)[np.asarray(labels.dataobj) == 0] == -1000).all()
+
+
+def test_a_tumor_in_the_real_ct(pipe, torso_ct, torso_labels):
+    """All of the CT but for the tumor and 6 mm around it stays the same to the voxel."""
+    image, labels = nib.load(torso_ct), load_label_map(torso_labels, "totalsegmentator")
+    array = np.asarray(labels.dataobj).copy()
+    liver = np.argwhere(array == LABELS["liver"])
+    middle = liver[len(liver) // 2]
+    near = np.linalg.norm((np.indices(array.shape).T - middle).T * 3.0, axis=0) < 18
+    array[near & (array == LABELS["liver"])] = LABELS["hepatic tumor"]
+    mask = nib.Nifti1Image(array, labels.affine)
+    out = pipe(image=torso_ct, mask=mask, repaint_labels=["hepatic tumor"], num_inference_steps=1, generator=seeded())
+    far = ndimage.distance_transform_edt(array != LABELS["hepatic tumor"], sampling=spacing_of(image)) >= 6
+    changed = np.asarray(out.images[0].dataobj) != np.asarray(image.dataobj)
+    assert changed[array == LABELS["hepatic tumor"]].any() and not changed[far].any()
+    made = np.asarray(out.labels[0].dataobj)
+    assert np.array_equal(made[array > 0], array[array > 0]) and set(np.unique(made[array == 0])) == {0, 200}
+    np.testing.assert_allclose(out.images[0].affine, image.affine)
 
 
 def test_without_ct_the_body_is_a_guess(pipe, torso_labels):
