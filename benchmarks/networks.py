@@ -101,17 +101,18 @@ def our_work(work: str, size: int, variant: str, folder: Path, device: torch.dev
     dtype, tiling, *memory = settings.split()
     pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=DTYPES[dtype]).to(device)
     TILINGS[tiling](pipe.vae, *memory)
+    for network in (pipe.vae, pipe.unet, pipe.controlnet):
+        for weight in network.parameters():
+            weight.sum()  # files are read when they are first touched
     inputs = make_inputs(work, size, DTYPES[dtype], device)
     if work == "decode":
         return lambda: pipe.vae.decode(inputs["latents"]).sample
     if work == "encode":
         return lambda: pipe.vae.encode(inputs["image"]).latent_dist.mode()
 
-    def embed() -> torch.Tensor:
-        return pipe.controlnet.embed_condition(label_bits(inputs["labels"], dtype=torch.uint8))
-
     if work == "embedding":
-        return embed
+        return lambda: pipe.controlnet.embed_condition(label_bits(inputs["labels"], dtype=torch.uint8))
+    embed = partial(pipe.controlnet.embed_condition, label_bits(inputs["labels"], dtype=torch.uint8))
     conditions = {"class_labels": inputs["class_labels"], "spacing": inputs["spacing"]}
     step = partial(pipe.predict, inputs["latents"], inputs["timesteps"], conditions, conditioning_scale=1.0)
     if switched_off == "embedding":
@@ -127,13 +128,15 @@ def run_variant(variant: str, work: str, size: int, folder: Path) -> None:
         call = monai_work(work, size, device)
     else:
         call = our_work(work, size, variant, folder, device)
+        our_work(work, 8, variant, folder, device)()  # what is made at the first call and stays
 
-    def save_first() -> None:
-        result, path = call(), folder / f"{work} {variant}.pt"
+    def save_first(result: torch.Tensor) -> dict[str, float]:
+        path = folder / f"{work} {variant}.pt"
         if not path.is_file():
             torch.save(result, path)
+        return {}
 
-    serve(save_first, device)
+    serve(call, device, save_first)
 
 
 def measure(work: str, size: int, variants: list[str], repeats: int) -> dict[str, dict[str, float]]:
@@ -143,9 +146,9 @@ def measure(work: str, size: int, variants: list[str], repeats: int) -> dict[str
         save_checkpoint(folder, VERSION, build_networks(VERSION, PUBLISHED), network_config(VERSION, PUBLISHED))
         command = ["-m", "benchmarks.networks", "--folder", folder, "--work", work, "--size", size, "--serve"]
         results = take_turns({variant: [*map(str, command), variant] for variant in variants}, repeats)
-        outputs = {variant: torch.load(folder / f"{work} {variant}.pt").float() for variant in variants}
+        outputs = {name: torch.load(folder / f"{work} {name}.pt").float() for name, one in results.items() if one}
     for variant, output in outputs.items():
-        results[variant]["deviation"] = (output - outputs[variants[0]]).abs().max().item()
+        results[variant]["deviation"] = (output - next(iter(outputs.values()))).abs().max().item()
     return results
 
 
@@ -174,6 +177,9 @@ def table(results: dict[str, dict[str, float]]) -> str:
     """In Markdown; ratios to the first variant."""
     unit, rows = next(iter(results.values())), []
     for variant, result in results.items():
+        if not result:
+            rows.append([variant, "failed", *[""] * 4])
+            continue
         faster, share = unit["seconds"] / result["seconds"], result["megabytes"] / unit["megabytes"]
         numbers = f"{result['seconds']:.2f}", f"{faster:.2f}", f"{result['megabytes']:.0f}", f"{share:.2f}"
         rows.append([variant, *numbers, f"{result['deviation']:.1e}"])

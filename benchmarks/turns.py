@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -49,16 +50,18 @@ class PeakMemory:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def serve(work: Callable[[], dict[str, float] | None], device: torch.device) -> None:
-    """Work once for every line on stdin, and print as JSON its seconds, its memory, and what else it tells."""
+def serve(work: Callable[[], Any], device: torch.device, tell: Callable[[Any], dict[str, float]]) -> None:
+    """Work once for every line on stdin, and print as JSON its seconds, its memory, and what else is to be told of the
+    result, which is not timed."""
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         with PeakMemory(device) as memory:
             start = time.perf_counter()
-            told = work()
+            result = work()
             synchronize(device)
             seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "megabytes": memory.megabytes, **(told or {})}), flush=True)
+        print(json.dumps({"seconds": seconds, "megabytes": memory.megabytes, **tell(result)}), flush=True)
+        del result
 
 
 def synchronize(device: torch.device) -> None:
@@ -69,20 +72,26 @@ def synchronize(device: torch.device) -> None:
 
 def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[str, float]]:
     """
-    Fastest seconds and largest memory of every variant, and what else it told.
+    Fastest seconds and largest memory of every variant, and what else it told; nothing of one that failed.
 
     Args:
         commands: variant -> arguments of Python by which a process serves it.
         repeats: how often each works; before that once to warm up, and afterwards once with memory given back at once.
-            0 for work so long that none of this matters: it is done once.
+            0 for work so long that none of this matters: it is done once, with memory given back at once, and one
+            variant ends before the next begins.
     """
     if repeats == 0:
-        return {variant: results[0] for variant, results in _take_turns(commands, 1, {}).items()}
+        results = {}
+        for variant, command in commands.items():
+            results |= _take_turns({variant: command}, 1, GIVE_BACK)
+        return {variant: of_variant[0] if of_variant else {} for variant, of_variant in results.items()}
     timed = _take_turns(commands, repeats + 1, {})
     weighed = _take_turns(commands, 2, GIVE_BACK)
     return {
         variant: min(timed[variant][1:], key=lambda one: one["seconds"])
         | {"megabytes": weighed[variant][1]["megabytes"]}
+        if timed[variant] and weighed[variant]
+        else {}
         for variant in commands
     }
 
@@ -92,17 +101,22 @@ def _take_turns(commands: dict[str, list[str]], times: int, environment: dict[st
     for variant, command in commands.items():
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[variant] = subprocess.Popen([sys.executable, *command], env=os.environ | environment, **pipes)
-        if not processes[variant].stdout.readline():
-            raise RuntimeError(f"{variant} cannot be made, for the reason above")
+        processes[variant].stdout.readline()
     results = {variant: [] for variant in commands}
+    failed = set()
     for _ in range(times):
         for variant, process in processes.items():
-            process.stdin.write("work\n")
-            process.stdin.flush()
-            if not (line := process.stdout.readline()):
-                raise RuntimeError(f"{variant} has failed, for the reason above")
-            results[variant].append(json.loads(line))
-    for process in processes.values():
-        process.stdin.close()
+            if variant in failed:
+                continue
+            try:
+                process.stdin.write("work\n")
+                process.stdin.flush()
+                results[variant].append(json.loads(process.stdout.readline()))
+            except (BrokenPipeError, json.JSONDecodeError):  # it has ended, maybe for want of memory
+                print(f"{variant} has failed, for the reason above if one is there", file=sys.stderr)
+                failed.add(variant)
+    for variant, process in processes.items():
+        if variant not in failed:
+            process.stdin.close()
         process.wait()
-    return results
+    return {variant: [] if variant in failed else of_variant for variant, of_variant in results.items()}

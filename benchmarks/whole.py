@@ -156,9 +156,10 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_grad_enabled(False)
         if args.serve == "MONAI":
-            serve(monai_work(size, args.num_inference_steps, device), device)
+            serve(monai_work(size, args.num_inference_steps, device), device, lambda result: {})
         else:
-            serve(our_work(size, args.num_inference_steps, args.serve.split(), args.folder, device), device)
+            work = our_work(size, args.num_inference_steps, args.serve.split(), args.folder, device)
+            serve(work, device, lambda told: told)
         return
     print(table(measure(size, args.num_inference_steps, args.variants)))
 
@@ -167,6 +168,9 @@ def table(results: dict[str, dict[str, float]]) -> str:
     """In Markdown; times as fast as the first variant."""
     unit, rows = next(iter(results.values()))["seconds"], []
     for variant, result in results.items():
+        if not result:
+            rows.append([variant, "failed", *[""] * 3])
+            continue
         numbers = f"{result['seconds']:.1f}", f"{unit / result['seconds']:.2f}", f"{result['megabytes']:.0f}"
         rows.append([variant, *numbers, f"{result['outside']:.1%}" if "outside" in result else ""])
     return markdown.table(["variant", "seconds", "times as fast", "peak MB", "outside the networks"], rows)

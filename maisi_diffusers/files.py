@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 @contextmanager
 def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
@@ -29,8 +32,10 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         publish(temporary, path)
-    except BaseException:
+    except BaseException as error:
         remove(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+            error.filename = str(path)
         raise
 
 
@@ -49,14 +54,17 @@ def write_files_atomically(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file or folder its name, after its content has reached the disk."""
+    """Give a finished file or folder its name, after its content has reached the disk, and the permissions of a new
+    one: some libraries write files that their owner alone can read."""
     for file in [*temporary.rglob("*"), temporary]:
-        _flush(file)
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~UMASK)
+        flush(file)
     if temporary.is_dir() and path.is_symlink():
         path.unlink()
     if not path.is_dir():
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
         return
     # A folder cannot take the place of another one, which therefore steps aside until the new one is there.
     previous = _set_aside(path)
@@ -66,7 +74,7 @@ def publish(temporary: Path, path: Path) -> None:
         if not path.exists():
             os.replace(previous, path)
         raise
-    _flush(path.parent)
+    flush(path.parent)
     shutil.rmtree(previous)
 
 
@@ -86,7 +94,8 @@ def _set_aside(folder: Path) -> Path:
     return aside
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

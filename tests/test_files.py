@@ -1,5 +1,6 @@
 """Files and folders are there as a whole or not at all."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -36,6 +37,24 @@ def test_written(tmp_path, folder):
         assert not path.exists()
     assert read(path) == "content"
     assert os.listdir(path.parent) == ["a.nii.gz"]
+
+
+def test_permissions_of_a_new_file(tmp_path, folder):
+    """Whatever the library that wrote it gave it."""
+    usual = tmp_path / "usual"
+    usual.touch()
+    with write_atomically(tmp_path / "a") as temporary:
+        write(temporary, "content", folder)
+        for path in [*temporary.rglob("*"), *([] if folder else [temporary])]:
+            path.chmod(0o600)
+    path = tmp_path / "a" / "content.txt" if folder else tmp_path / "a"
+    assert path.stat().st_mode == usual.stat().st_mode
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="a.txt"):
+        with write_atomically(tmp_path / "a.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_replaces(tmp_path, folder):

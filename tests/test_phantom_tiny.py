@@ -1,5 +1,8 @@
 """The model inside the package."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +46,23 @@ def test_mask_database(pipe):
 def test_size_conditions(pipe):
     assert len(pipe.anatomy_size_conditions) >= 100
     assert all(len(sizes) == len(CONTROLLABLE_ANATOMY) for sizes in pipe.anatomy_size_conditions)
+
+
+@pytest.mark.slow
+def test_the_first_command(tmp_path):
+    """README's: four files, the same each time, in less than the memory of a laptop."""
+    code = "import resource, sys; from maisi_diffusers.cli.app import app\n"
+    code += "try: app()\nfinally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    contents = []
+    for folder in (tmp_path / "first", tmp_path / "again"):
+        command = [sys.executable, "-c", code, "generate", "--output", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stderr.split()[-1]) * 1024 < 4e9
+        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    stem = "maisi-phantom-tiny_seed0"
+    assert contents[0].keys() == {f"{stem}_ct.nii.gz", f"{stem}_labels.nii.gz", f"{stem}.png", f"{stem}.json"}
+    assert contents[0] == contents[1]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ object on stdout.
 """
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -48,9 +49,12 @@ def fail(message: str, code: int, args: list[str]) -> int:
     """Say in one line why it failed; returns the exit code."""
     message = " ".join(message.replace("Value error, ", "").split())
     if "--json" in args:
-        print(json.dumps({"error": message, "exit_code": code}))
-    else:
-        print(f"error: {message}", file=sys.stderr)
+        try:
+            print(json.dumps({"error": message, "exit_code": code}), flush=True)
+            return code
+        except OSError:  # it cannot be written to, which may be why it failed
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for what is flushed at the end
+    print(f"error: {message}", file=sys.stderr)
     return code
 
 

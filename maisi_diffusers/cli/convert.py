@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError
 
+from ..files import publish
 from ..loaders import VERSIONS
 from ..pipelines import MaisiCTPipeline
 from .devices import DTYPES
@@ -74,7 +75,7 @@ def convert(args: argparse.Namespace) -> None:
         repository = Path(temporary) / output.name
         pipe.save_pretrained(repository, variant=args.variant, max_shard_size=args.max_shard_size)
         output.parent.mkdir(parents=True, exist_ok=True)
-        repository.rename(output)
+        publish(repository, output)
 
     components = {name: component for name, component in pipe.components.items() if component is not None}
     for name, component in components.items():

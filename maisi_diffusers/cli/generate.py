@@ -53,6 +53,15 @@ def generate(
             "Repeat it for several.",
         ),
     ] = None,
+    anatomy_size: Annotated[
+        tuple[float, float, float, float, float, float, float, float, float, float] | None,
+        option(
+            ANATOMY,
+            metavar="10 SIZES",
+            help="All of them instead: gallbladder, liver, stomach, pancreas, colon; tumors of lung, pancreas, liver, "
+            "colon, bone.",
+        ),
+    ] = None,
     as_is: Annotated[
         bool,
         option(
@@ -238,6 +247,7 @@ def generate(
         "body_region": body_region,
         "anatomy_list": anatomy,
         "controllable_anatomy_size": None if size is None else [read_size(text) for text in size],
+        "anatomy_size": None if anatomy_size is None else list(anatomy_size),
         "mask": None if mask is None else str(mask),
         "mask_vocabulary": mask_vocabulary,
         "body_image": None if body_image is None else str(body_image),
@@ -260,12 +270,19 @@ def generate(
     }
     # What is not asked for is the pipeline's to choose.
     request = {argument: value for argument, value in request.items() if value is not None}
-    if not request.keys() & {"body_region", "anatomy_list", "controllable_anatomy_size", "mask", "image_only"}:
+    if not request.keys() & {
+        "body_region",
+        "anatomy_list",
+        "controllable_anatomy_size",
+        "anatomy_size",
+        "mask",
+        "image_only",
+    }:
         request["body_region"] = [DEFAULT_REGION]
 
     found = find_model(model, revision, variant)
     outputs = name_outputs(output, name, found.name, seed, num)
-    done = [one for one in outputs if one.is_made_from(found.description, request)] if resume else []
+    done = {one for one in outputs if one.is_made_from(found.description, request)} if resume else set()
     if not (force or resume):
         refuse_existing(outputs)
 

@@ -28,7 +28,7 @@ def generate_images(
     model: Model,
     request: dict,
     outputs: list[Outputs],
-    done: list[Outputs],
+    done: set[Outputs],
     device: str,
     dtype: str,
     tiling: str,

@@ -7,6 +7,7 @@ OPTIONS = {
     "body_region": "--body-region",
     "anatomy_list": "--anatomy",
     "controllable_anatomy_size": "--size",
+    "anatomy_size": "--anatomy-size",
     "mask": "--mask",
     "mask_vocabulary": "--mask-vocabulary",
     "body_image": "--body-image",

@@ -107,8 +107,10 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def publish_outputs(staged: Path, outputs: Outputs) -> None:
     """Move the files of an image from the temporary folder to their names, all of them or none."""
-    from ..files import publish
+    from ..files import flush, publish
 
+    for file in staged.iterdir():  # takes time, in which what is there had better stay
+        flush(file)
     outputs.record.unlink(missing_ok=True)  # what is there is not complete any more
     try:
         for file in outputs.files:

@@ -1,6 +1,7 @@
 """Activations of a whole volume, kept where there is room for them and read and written in slabs along X."""
 
 import copy
+import errno
 import math
 import os
 import tempfile
@@ -45,6 +46,19 @@ class Activations:
         else:
             # Without a name: it is gone with this object or the process, however that ends.
             self.file = tempfile.TemporaryFile(dir=where, buffering=0)
+            size = (self.planes.stop - self.planes.start) * self.stride * dtype.itemsize
+            if hasattr(os, "posix_fallocate"):  # a disk that is full says so now
+                try:
+                    os.posix_fallocate(self.file.fileno(), 0, size)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:  # not all file systems can
+                        return
+                    raise OSError(
+                        error.errno,
+                        f"no room for {size / 1e9:.1f} GB of features, choose another folder= or call enable_tiling, "
+                        "which keeps a quarter of them",
+                        str(where),
+                    ) from None
 
     @classmethod
     def of(cls, x: torch.Tensor) -> Self:

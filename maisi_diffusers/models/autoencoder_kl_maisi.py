@@ -98,7 +98,8 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
             memory: what features may take at once, in bytes or as `"4GiB"`; what is free at each call if not given. At
                 least some planes of the volume are in memory, however little that is.
             folder: where a scratch file is made when what is kept from layer to layer does not fit into the memory (of
-                a GPU, nor that of the host); the system's for temporary files if not given.
+                a GPU, nor that of the host); the system's for temporary files if not given, or `/var/tmp` where that
+                is in memory itself.
         """
         self._enable_tiling(memory, folder, keeps_finest=False)
 
@@ -139,11 +140,12 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
         self.tiling = None
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quant_conv(self.encoder(x, tiling=self._tiling_of(self.encoder, x)))
+        tiling = self._tiling_of(self.encoder, x)
+        return self.quant_conv(self.encoder(x, tiling=tiling))
 
     def _decode(self, z: torch.Tensor, return_classes: bool = False) -> torch.Tensor:
-        z = self.post_quant_conv(z)
-        return self.decoder(z, return_classes=return_classes, tiling=self._tiling_of(self.decoder, z))
+        tiling = self._tiling_of(self.decoder, z)
+        return self.decoder(self.post_quant_conv(z), return_classes=return_classes, tiling=tiling)
 
     def _tiling_of(self, network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
         if self.tiling != "auto":
@@ -151,6 +153,11 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
                 raise ValueError(
                     "slabs do not work with a VAE whose layers are offloaded or cast one by one: call "
                     "vae.enable_auto_tiling(), or offload whole models (pipe.enable_model_cpu_offload())"
+                )
+            if self.tiling is not None and torch.is_grad_enabled() and x.requires_grad:
+                raise ValueError(
+                    "slabs have no gradients, and the input wants one: call vae.enable_auto_tiling(), or decode and "
+                    "encode under torch.no_grad()"
                 )
             return self.tiling
         is_compiled = network._compiled_call_impl is not None or hasattr(network, "_orig_mod")

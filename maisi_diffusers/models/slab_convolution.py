@@ -68,10 +68,10 @@ class SlabConvolution:
             return self.conv(slab)[:, :, 0 if is_first else 1 : None if is_last else -1]
 
         _, channels, planes, rows, columns = slab.shape
-        before, behind, beside = int(is_first), int(is_last), int(self.saves_products and not self.is_along_x)
+        before, behind, beside = int(is_first), int(is_last), int(self.saves_products)
         # Winograd makes two planes, and two rows, at once: one more of zeros where there is none for the last.
         more_planes = (planes + before + behind) % 2 if self.saves_products else 0
-        more_rows = rows % 2 if beside else 0
+        more_rows = rows % 2 if self.saves_products and not self.is_along_x else 0
         size = (before + planes + behind + more_planes, beside + rows + beside + more_rows, columns)
         padded = slab.new_empty(1, *size, channels).permute(0, 4, 1, 2, 3)
         padded[:, :, :before] = padded[:, :, before + planes :] = 0
@@ -83,8 +83,7 @@ class SlabConvolution:
             statistics.normalize(slab, inside, activate)
         if not self.saves_products:
             return F.conv3d(padded, self.weight, self.conv.bias, padding=(0, 1, 1))
-        convolve = winograd.convolve_along_x if self.is_along_x else winograd.convolve
-        result = convolve(padded[0].transpose(0, 1), self.weight, self.conv.bias).transpose(0, 1)[None]
+        result = winograd.convolve(padded[0].transpose(0, 1), self.weight, self.conv.bias).transpose(0, 1)[None]
         return result[:, :, : result.shape[2] - more_planes, : result.shape[3] - more_rows]
 
     def in_parts(self, slab: torch.Tensor, is_first: bool, is_last: bool, *args) -> torch.Tensor:

@@ -11,7 +11,7 @@ levels leave, in slabs that go through all its layers.
 
 import math
 import os
-import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -19,12 +19,12 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from ..memory import usable_memory
+from ..memory import scratch_folder, usable_memory
 from .activations import Activations
 from .finest_level import FinestLevel, norms_of
 from .group_statistics import GroupStatistics
 from .shares import Shares
-from .slab_convolution import SlabConvolution, out_channels, planes_in_cache
+from .slab_convolution import CPU_PLANES, SlabConvolution, out_channels, planes_in_cache
 from .slab_layers import convolved, downsampled, resampled_size, upsampled
 from .vae_blocks_maisi import (
     MaisiDecoder3D,
@@ -39,6 +39,7 @@ from .vae_blocks_maisi import (
 # from the mean, and what the convolution itself takes. Measured.
 SLABS_AT_ONCE = 6
 NEIGHBOURS = 2  # planes on both sides that come with a slab
+LEAST = 0.75  # what thin slabs really take of that: large planes are convolved in parts
 
 Slabs = Iterator[tuple[int, torch.Tensor]]
 """First plane and slab (1, C, x, Y, Z), one after the other; or slabs of several volumes."""
@@ -51,7 +52,7 @@ class SlabTiling:
     Args:
         memory: bytes that features may take at once on the device; if not given, what is free there at each call.
         keeps_finest: whether the features of the finest level are kept, or made anew for each norm.
-        folder: where a scratch file is made; the system's for temporary files if not given.
+        folder: where a scratch file is made; [`scratch_folder`] if not given.
         group: processes that share the slabs: each is called with the same, and gets the whole result.
     """
 
@@ -63,7 +64,7 @@ class SlabTiling:
         group: dist.ProcessGroup | None = None,
     ):
         self.memory, self.keeps_finest, self.group = memory, keeps_finest, group
-        self.folder = tempfile.gettempdir() if folder is None else folder
+        self.folder = scratch_folder() if folder is None else folder
 
     @torch.no_grad()
     def encode(self, encoder: MaisiEncoder3D, x: torch.Tensor) -> torch.Tensor:
@@ -120,12 +121,21 @@ class SlabTiling:
         held = self.shares.held(size[0])
         kept = kept_values(steps, (held.stop - held.start, *size[1:])) * x.element_size()
         self.device = x.device
-        self.where, self.for_slabs = self.place(kept, x.device)
+        slabs = widest_slabs(steps, size)
+        self.where, self.for_slabs = self.place(kept, slabs, x.device)
+        least = slabs * (1 + NEIGHBOURS) // (CPU_PLANES + NEIGHBOURS)
+        if self.memory is not None and self.for_slabs < LEAST * least:
+            warnings.warn(
+                f"memory={self.memory} is less than one plane of this volume and its neighbours take in all layers, "
+                f"about {least}: more than was allowed is taken",
+                stacklevel=2,
+            )
 
-    def place(self, kept: int, device: torch.device) -> tuple[torch.device | str | os.PathLike, int]:
-        """A device or the folder for so many bytes of features, and what is then left for slabs on the device."""
+    def place(self, kept: int, slabs: int, device: torch.device) -> tuple[torch.device | str | os.PathLike, int]:
+        """A device or the folder for so many bytes of features, beside which slabs of so many fit on the device, and
+        what is then left for these there."""
         memory = usable_memory(device) if self.memory is None else self.memory
-        if kept <= memory / 2:
+        if kept + slabs <= memory:
             return device, memory - kept
         if device.type != "cpu" and kept <= usable_memory(torch.device("cpu")):
             return torch.device("cpu"), memory
@@ -298,6 +308,18 @@ def kept_values(steps: list[nn.Module], size: tuple[int, int, int]) -> int:
             size, room, spare, is_shared = next_size, out_channels(step.conv), 0, False
         largest = max(largest, values)
     return largest
+
+
+def widest_slabs(steps: list[nn.Module], size: tuple[int, int, int]) -> int:
+    """Bytes of slabs of some planes of the widest layer, the first of them on a grid of a size."""
+    widest = 0
+    for step in steps:
+        if isinstance(step, MaisiVaeResnetBlock3D):
+            channels = max(step.norm1.num_channels, step.norm2.num_channels)
+        else:
+            size, channels = resampled_size(step, size), out_channels(step.conv)
+        widest = max(widest, bytes_of_slabs(channels, 0, math.prod(size[1:])))
+    return (CPU_PLANES + NEIGHBOURS) * widest
 
 
 def slab_memory(decoder: MaisiDecoder3D, size: tuple[int, int, int], keeps_finest: bool) -> tuple[int, int]:

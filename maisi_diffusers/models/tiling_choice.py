@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from ..memory import free_memory
-from .slab_tiling import SlabTiling, kept_values, layers_of
+from .slab_tiling import SlabTiling, kept_values, layers_of, widest_slabs
 from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D
 
 # One piece takes so many times what slabs keep: at the published architecture 3.6 tensors of the finest level's 128
@@ -32,11 +32,13 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
         return None
     is_on_cpu = x.device.type == "cpu"
     free = free_memory(x.device)
-    kept = kept_values(layers_of(network.blocks), tuple(x.shape[2:])) * x.element_size()
+    steps, size = layers_of(network.blocks), tuple(x.shape[2:])
+    kept = kept_values(steps, size) * x.element_size()
     if not is_on_cpu and ONE_PIECE * len(x) * kept <= free:
         return None
     exact = SlabTiling(None, keeps_finest=True)
-    if exact.place(kept, x.device)[0] != exact.folder or kept <= shutil.disk_usage(exact.folder).free:
+    where, _ = exact.place(kept, widest_slabs(steps, size), x.device)
+    if where != exact.folder or kept <= shutil.disk_usage(exact.folder).free:
         return exact
     warnings.warn(
         f"neither the memory nor {exact.folder} has room for the {kept / 1e9:.0f} GB of features that the VAE keeps: "

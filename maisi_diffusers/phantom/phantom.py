@@ -49,7 +49,7 @@ def make_phantom(
     """
     A CT and its label map, made from geometry and statistics alone.
 
-    The same seed gives the same anatomy on any grid and for any region.
+    The same seed gives the same anatomy on any grid and for any region, but for the place of a tumor.
 
     Args:
         seed: of everything that is random.

@@ -41,7 +41,9 @@ class Subject:
         breath: mm that the diaphragm is higher than usual.
         arms: `"up"` or `"down"`.
         phase: contrast: `"none"`, `"arterial"` or `"venous"`.
-        sizes: factor on the volume of organs, by a name in [`SIZED`]; drawn where not given.
+        sizes: factor on the volume of organs, by a name in [`SIZED`]; drawn where not given. Organs that are tubes
+            (aorta, colon, pancreas, stomach) keep their course and follow by a power of 2/3; liver and spleen end
+            where their cavity does.
 
     Raises:
         ValueError: for an unknown sex, phase or position of the arms; for a size of what has none, or none above 0.
@@ -74,6 +76,7 @@ class Subject:
         """A random subject; what is given is not drawn."""
         rng = np.random.default_rng([seed, zlib.crc32(b"subject")])
         sex = SEXES[rng.integers(2)]
+        sex = given.get("sex", sex)  # which height and fat go by
         height = rng.normal(1.0 if sex == "male" else 0.93, 0.035)
         girth = height * float(np.clip(rng.normal(1.0, 0.055), 0.88, 1.13))
         drawn = {

@@ -1,12 +1,16 @@
 """The commands, how fast they are there, and how they end."""
 
+import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from maisi_diffusers import __version__
+from maisi_diffusers import MaisiCTPipeline, __version__
+from maisi_diffusers.cli.option_names import OPTIONS
+from maisi_diffusers.cli.record import NOT_ASKED_FOR
 
 from .running import error_of, run
 
@@ -83,6 +87,21 @@ def test_errors_of_commands_with_a_parser_of_their_own(tmp_path):
     assert run("prepare", "--images", "x").exit_code == 2
     result = run("convert", tmp_path / "missing", tmp_path / "out", "--version", "rflow-ct")
     assert result.exit_code == 1 and "neither a folder nor a Hub id" in result.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_cannot_be_written():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "maisi_diffusers.cli", "info", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_every_argument_of_the_pipeline_has_an_option():
+    arguments = inspect.signature(MaisiCTPipeline.__call__).parameters.keys() - {"self", *NOT_ASKED_FOR}
+    assert OPTIONS.keys() == arguments
+    help_page = run("generate", "--help").stdout  # narrow: the longest name is cut
+    assert [option for option in OPTIONS.values() if option[:20] not in help_page] == []
 
 
 def test_as_a_module():

@@ -1,7 +1,9 @@
 """The VAE in slabs gives what it gives in one piece."""
 
+import errno
 import gc
 import math
+import os
 import shutil
 import tempfile
 import weakref
@@ -20,6 +22,7 @@ from maisi_diffusers.models.shares import Shares
 from maisi_diffusers.models.slab_convolution import SlabConvolution
 from maisi_diffusers.models.slab_tiling import SlabTiling, kept_values, layers_of
 from maisi_diffusers.models.tiling_choice import choose_tiling
+from maisi_diffusers.pipelines.memory_plan import LivingTensors
 
 SIZE = (7, 5, 6)
 # Everything in a file and one plane at a time; some planes; all that is kept in memory; the whole in one slab.
@@ -155,22 +158,27 @@ def test_adapters_and_hooks(enable, is_hooked):
     assert_same_in_slabs(vae, enable, "200KB")
 
 
+@pytest.mark.parametrize("at_once", [40e6, 1, 3000])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_fewer_products(bias):
+def test_fewer_products(bias, at_once, monkeypatch):
+    """Of all rows at once, of two, and of some."""
+    monkeypatch.setattr(winograd, "AT_ONCE", at_once)
     conv = torch.nn.Conv3d(5, 7, 3, bias=bias).double()
-    x = draw(1, 5, 8, 12, 5).double()
+    x = draw(1, 5, 8, 16, 5).double()
     expected = conv(torch.nn.functional.pad(x, (1, 1)))
     found = winograd.convolve(x[0].transpose(0, 1), winograd.transform_weight(conv.weight), conv.bias)
     assert (found.transpose(0, 1)[None] - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("at_once", [40e6, 1, 3000])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_fewer_products_along_x(bias):
-    conv = torch.nn.Conv3d(5, 7, 3, padding=(0, 1, 1), bias=bias)
-    x = draw(1, 5, 8, 12, 5)
-    found = winograd.convolve_along_x(x[0].transpose(0, 1), winograd.transform_weight_along_x(conv.weight), conv.bias)
+def test_fewer_products_along_x(bias, at_once, monkeypatch):
+    monkeypatch.setattr(winograd, "AT_ONCE", at_once)
+    conv = torch.nn.Conv3d(5, 7, 3, padding=(0, 0, 1), bias=bias)
+    x = draw(1, 5, 8, 13, 5)
+    found = winograd.convolve(x[0].transpose(0, 1), winograd.transform_weight_along_x(conv.weight), conv.bias)
     assert_equal(found.transpose(0, 1)[None], conv(x))
 
 
@@ -214,6 +222,23 @@ def test_activations(is_file, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing that could be left behind
 
 
+def test_a_disk_that_is_full(monkeypatch, tmp_path):
+    """Nothing is computed in vain."""
+
+    def refuse(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    vae = make_vae()
+    vae.enable_exact_tiling("1KB", tmp_path)
+    with (
+        torch.no_grad(),
+        pytest.raises(OSError, match=r"no room for 0.0 GB of features, choose another folder=") as error,
+    ):
+        vae.decode(draw(1, 4, *SIZE))
+    assert error.value.filename == str(tmp_path)
+
+
 @pytest.mark.parametrize("keeps_finest", [True, False])
 def test_where_features_are_kept(keeps_finest, monkeypatch, tmp_path):
     made = []
@@ -227,6 +252,34 @@ def test_where_features_are_kept(keeps_finest, monkeypatch, tmp_path):
     enable("1KB", tmp_path)
     run(vae)
     assert made and set(made) == {tmp_path}
+
+
+def test_features_stay_in_memory_that_has_room_for_them():
+    """And for slabs beside them."""
+    kept, slabs, cpu = 700, 200, torch.device("cpu")
+    tiling = SlabTiling(1000, keeps_finest=True)
+    assert tiling.place(kept, slabs, cpu) == (cpu, 300)
+    assert tiling.place(kept, 301, cpu) == (tiling.folder, 1000)
+    assert tiling.place(kept, 301, torch.device("meta")) == (cpu, 1000)
+
+
+@pytest.mark.parametrize("width, memories", [(32, (3, 4, 8, 16)), (48, (6, 8, 16))])
+@torch.no_grad()
+def test_memory_is_no_more_than_was_given(width, memories, monkeypatch, recwarn):
+    """Of features of either kind, be they kept in memory or in a file, and of slabs of all layers."""
+    vae = make_vae(block_out_channels=(16, 32, 64), norm_num_groups=8)
+    z = draw(1, 4, 8, width // 4, width // 4)
+    monkeypatch.setattr(slab_convolution, "CPU_SLAB", 0)  # planes are small here
+    monkeypatch.setattr(winograd, "AT_ONCE", 1e5)
+    for megabytes in memories:
+        vae.enable_exact_tiling(megabytes * 10**6)
+        with LivingTensors() as living:
+            vae.decode(z)
+        assert living.highest <= 1.1 * megabytes * 10**6, megabytes
+    assert not [one for one in recwarn if "more than was allowed" in str(one.message)]
+    vae.enable_exact_tiling("1MB")
+    with pytest.warns(UserWarning, match="memory=1000000 is less than one plane .* about [0-9]+: more than"):
+        vae.decode(z)
 
 
 @pytest.mark.parametrize("block_out_channels", [(8, 8, 16), (8, 16, 32), (16, 16)])
@@ -360,6 +413,16 @@ def test_one_piece_for_gradients():
     z = draw(1, 4, *SIZE).requires_grad_()
     vae.decode(z).sample.sum().backward()
     assert z.grad.abs().max() > 0
+
+
+def test_no_gradients_of_slabs(enable):
+    vae = make_vae()
+    enable(vae)
+    z = draw(1, 4, *SIZE).requires_grad_()
+    with pytest.raises(ValueError, match="slabs have no gradients, and the input wants one: call vae.enable_auto_t"):
+        vae.decode(z)
+    with torch.no_grad():
+        assert not vae.decode(z).sample.requires_grad
 
 
 @pytest.mark.parametrize("planes", [1, 2, 5])

@@ -1,0 +1,76 @@
+"""The page of what was measured says what holds, and what was not measured."""
+
+from benchmarks import networks, page, solvers, turns
+
+
+def made_up() -> dict[str, dict]:
+    """Results of all parts, some of which break what is promised."""
+    of_networks = {
+        work: {
+            variant: {"seconds": 8.0 if variant == "MONAI" else 2.0, "megabytes": 1000.0, "deviation": 1e-5}
+            for variant in variants
+        }
+        for work, (_, variants) in networks.WORK.items()
+    }
+    of_networks["decode"]["float32 off"]["megabytes"] = 400.0
+    of_networks["decode"]["float32 exact 256MiB"] |= {"megabytes": 240.0, "deviation": 1e-3}
+    of_networks["encode"]["bfloat16 auto"]["seconds"] = 4.0
+    one = {"seconds": 10.0, "megabytes": 500.0, "deviation": 0.0}
+    parts = {
+        "networks": of_networks,
+        "tiling": {
+            "48": {"float32 off": one, "float32 exact 1GiB": one | {"megabytes": 1200.0}},
+            "64": {"float32 exact 2GiB": one | {"seconds": 30.0}, "float32 exact 512MiB": {}},
+        },
+        "whole": {"MONAI": one, "bfloat16 auto": one | {"seconds": 3.0, "outside": 0.01}},
+        "large": {"bfloat16 exact 6GiB, 2 steps": one | {"outside": 0.1}},
+        "solvers": {name: [(steps, 0.5 / steps, 40.0 / steps) for steps in solvers.STEPS] for name in solvers.SOLVERS},
+    }
+    return {name: {"machine": "made up", "measured": measured} for name, measured in parts.items()}
+
+
+def test_page(tmp_path):
+    page.write_page(made_up(), tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    for row in (
+        "| A step of UNet and ControlNet, bfloat16, times as fast | at least 2.7 | 4 | holds |",
+        "| Encoding, bfloat16, times as fast | at least 2.4 | 2 | **does not hold** |",
+        "| Decoding, float32 off, share of memory | at most 0.5 | 0.4 | holds |",
+        "| Decoding, float32 exact 256MiB, deviation | at most 0.0001 | 0.001 | **does not hold** |",
+        "| latent 48^3, float32 exact 1GiB, memory over the bound | at most 1.1 | 1.12 | **does not hold** |",
+        "| latent 64^3, float32 exact 2GiB, times the time of one piece | at most 1.3 | 1.27 | holds |",
+        "| float32 exact 512MiB | failed |",
+        "| a whole CT, time outside the networks | at most 3 % | 1 % | holds |",
+        "| a CT of 512^3 voxels, bfloat16 exact 6GiB, 2 steps, memory | at most 12 GB | 0.5 GB | holds |",
+        "within 5 HU from 8 steps of DPM-Solver++",
+    ):
+        assert row in text, row
+    assert "**not within 15 %**" in text and "within 1 HU from 50 steps" in text
+    for name in ("performance.png", "solvers.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_page_of_one_part(tmp_path):
+    page.write_page({"solvers": made_up()["solvers"]}, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert "What is promised" not in text and "performance.png" not in text
+
+
+def test_a_variant_that_fails(capfd):
+    """The others go on."""
+    code = """
+import os, sys
+from benchmarks.turns import serve
+import torch
+serve({}, torch.device("cpu"), lambda result: {{"told": result}})
+"""
+    commands = {
+        "good": ["-c", code.format("lambda: 1")],
+        "bad": ["-c", code.format("lambda: os._exit(9)")],
+        "never": ["-c", "raise SystemExit(1)"],
+    }
+    for repeats in (0, 1):
+        results = turns.take_turns(commands, repeats)
+        assert results["good"]["told"] == 1 and results["good"]["seconds"] < 1
+        assert results["bad"] == results["never"] == {}
+    assert "bad has failed" in capfd.readouterr().err
