@@ -50,6 +50,11 @@ train train_controlnet images --pretrained_model_name_or_path "$work/unet" --tra
     --data_list "$work/latents/latents.json" --max_train_steps 5000 --learning_rate 1e-3 --lr_warmup_steps 100 \
     --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 --weighted_loss_label $important
 
+train train_controlnet images-2 --pretrained_model_name_or_path "$work/images" --train_unet --controlnet_dropout 0.4 \
+    --freeze_condition_embedding --modality_dropout 0.1 --data_list "$work/latents/latents.json" --seed 1 \
+    --max_train_steps 5500 --learning_rate 1e-3 --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 \
+    --weighted_loss_label $important
+
 # 3. Label maps: the mask VAE, which begins as the best linear one, and the UNet on its latents.
 [ -f "$work/linear-mask-vae/config.json" ] || python "$scripts/start_vae.py" --num_cases 16 \
     --vae_config_name_or_path "$configs/mask_vae.json" --data_list "$work/mask-phantoms/dataset.json" \
@@ -63,8 +68,22 @@ python "$scripts/encode_latents.py" --data_list "$work/mask-phantoms/dataset.jso
 train train_unet masks --vae_model_name_or_path "$work/mask-vae" --unet_config_name_or_path "$configs/mask_unet.json" \
     --base_img_size_numel 512 --data_list "$work/mask-latents/latents.json" --loss_type l2 --max_train_steps 2000 \
     --learning_rate 1e-3 --lr_warmup_steps 100 --use_ema --ema_decay 0.997
+# To learn how large tumors are there must be many of them: the same phantoms and some more, most with one.
+phantoms tumor-phantoms 10000 480 --other_spacings 0 --tumors 0.85 --num_folds 24 --body_region chest abdomen
+python "$scripts/encode_latents.py" --data_list "$work/tumor-phantoms/dataset.json" --vae "$work/mask-vae" \
+    --posterior mean --size 128 128 128 --output_dir "$work/tumor-latents"
+again() { # output folder, model, seed, steps
+    train train_unet "$1" --pretrained_model_name_or_path "$work/$2" --data_list "$work/tumor-latents/latents.json" \
+        --seed "$3" --max_train_steps "$4" --loss_type l2 --learning_rate 1e-3 --use_ema --ema_decay 0.998 \
+        --weighted_loss 4 --weighted_loss_label 23 24 26 27 128
+}
+again masks-2 masks 1 6000
+again masks-3 masks-2 2 3800
 
-# 4. The mask database, from other phantoms; the model.
+# 4. The mask database, from other phantoms; the model, which few steps of sampling suit best; the curves.
 phantoms database 20000 32 --other_spacings 0 --tumors 0.7
-python "$scripts/assemble_phantom_model.py" --image_model "$work/images" --mask_model "$work/masks" \
-    --label_maps "$work/database" --anatomy_sizes "$work/mask-phantoms/dataset.json"
+python "$scripts/assemble_phantom_model.py" --image_model "$work/images-2" --mask_model "$work/masks-3" \
+    --label_maps "$work/database" --anatomy_sizes "$work/tumor-phantoms/dataset.json" --num_inference_steps 3 \
+    --mask_num_inference_steps 6
+python "$scripts/draw_training_curves.py" --every 50 --output "$scripts/../docs/training" \
+    --runs "$work"/{unet,images,images-2,mask-vae,masks,masks-2,masks-3}

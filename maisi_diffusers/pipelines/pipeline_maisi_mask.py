@@ -180,7 +180,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
         anatomy = {}
         for name, size in asked.items():
             ml = np.count_nonzero(mask == LABELS[name]) * math.prod(spacing) / 1000
-            anatomy[name] = {"asked": size, "ml": round(ml, 2)}
+            anatomy[name] = {"asked": size, "ml": round(float(ml), 2)}
             if reached is not None:
                 anatomy[name]["reached"] = reached[name]
         return mask, {"anatomy": anatomy, "clean_up": None if done is None else asdict(done)}
