@@ -34,7 +34,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
         publish(temporary, path)
     except BaseException as error:
         remove(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
             error.filename = str(path)
         raise
 
