@@ -116,7 +116,6 @@ def _take_turns(commands: dict[str, list[str]], times: int, environment: dict[st
                 print(f"{variant} has failed, for the reason above if one is there", file=sys.stderr)
                 failed.add(variant)
     for variant, process in processes.items():
-        if variant not in failed:
-            process.stdin.close()
+        process.kill() if variant in failed else process.stdin.close()
         process.wait()
     return {variant: [] if variant in failed else of_variant for variant, of_variant in results.items()}

@@ -165,13 +165,17 @@ def main() -> None:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """In Markdown; times as fast as the first variant."""
-    unit, rows = next(iter(results.values()))["seconds"], []
+    """In Markdown; times as fast as the first variant that did not fail."""
+    unit, rows = next(filter(None, results.values()), {}), []
     for variant, result in results.items():
         if not result:
             rows.append([variant, "failed", *[""] * 3])
             continue
-        numbers = f"{result['seconds']:.1f}", f"{unit / result['seconds']:.2f}", f"{result['megabytes']:.0f}"
+        numbers = (
+            f"{result['seconds']:.1f}",
+            f"{unit['seconds'] / result['seconds']:.2f}",
+            f"{result['megabytes']:.0f}",
+        )
         rows.append([variant, *numbers, f"{result['outside']:.1%}" if "outside" in result else ""])
     return markdown.table(["variant", "seconds", "times as fast", "peak MB", "outside the networks"], rows)
 

@@ -42,10 +42,10 @@ def free_in_group() -> float:
 def scratch_folder() -> str:
     """Where large temporary files go: the system's folder for these, but not one that is itself in memory, where there
     is another (/var/tmp) and none was named ($TMPDIR)."""
-    folder = tempfile.gettempdir()
-    others = [Path("/var/tmp")] if "TMPDIR" not in os.environ else []
-    if is_in_memory(folder):
-        folder = next((str(path) for path in others if path.is_dir() and not is_in_memory(path)), folder)
+    folder, other = tempfile.gettempdir(), "/var/tmp"
+    is_named = "TMPDIR" in os.environ
+    if not is_named and is_in_memory(folder) and os.path.isdir(other) and not is_in_memory(other):
+        return other
     return folder
 
 

@@ -49,7 +49,8 @@ train train_controlnet images --pretrained_model_name_or_path "$work/unet" --tra
     --controlnet_model_name_or_path "$work/linear-controlnet" --freeze_condition_embedding --modality_dropout 0.1 \
     --data_list "$work/latents/latents.json" --max_train_steps 5000 --learning_rate 1e-3 --lr_warmup_steps 100 \
     --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 --weighted_loss_label $important
-
+# Again. For the weights in the package, the first 750 steps had a schedule of 6500, and the first 1000 of masks-3 below
+# one of 5000.
 train train_controlnet images-2 --pretrained_model_name_or_path "$work/images" --train_unet --controlnet_dropout 0.4 \
     --freeze_condition_embedding --modality_dropout 0.1 --data_list "$work/latents/latents.json" --seed 1 \
     --max_train_steps 5500 --learning_rate 1e-3 --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 \

@@ -50,6 +50,18 @@ def test_page(tmp_path):
         assert (tmp_path / name).stat().st_size > 1000
 
 
+def test_page_without_the_first_variant(tmp_path):
+    """Others are compared with the next, and what is promised beside it is left out."""
+    results = made_up()
+    results["tiling"]["measured"]["48"]["float32 off"] = {}
+    results["whole"]["measured"]["MONAI"] = results["large"]["measured"]["bfloat16 exact 6GiB, 2 steps"] = {}
+    page.write_page(results, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    for row in ("| float32 off | failed |", "| MONAI | failed |", "| bfloat16 exact 6GiB, 2 steps | failed |"):
+        assert row in text, row
+    assert "a whole CT" not in text and "the time of one piece" not in text
+
+
 def test_page_of_one_part(tmp_path):
     page.write_page({"solvers": made_up()["solvers"]}, tmp_path)
     text = (tmp_path / "performance.md").read_text()

@@ -47,7 +47,7 @@ class Activations:
             # Without a name: it is gone with this object or the process, however that ends.
             self.file = tempfile.TemporaryFile(dir=where, buffering=0)
             size = (self.planes.stop - self.planes.start) * self.stride * dtype.itemsize
-            if hasattr(os, "posix_fallocate"):  # a disk that is full says so now
+            if hasattr(os, "posix_fallocate"):  # a disk that is too full says so now
                 try:
                     os.posix_fallocate(self.file.fileno(), 0, size)
                 except OSError as error:

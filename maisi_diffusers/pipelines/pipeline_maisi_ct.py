@@ -550,9 +550,9 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         for one, mask in zip(generators, found):
             labels, tumors = np.asarray(add_body_label(mask.image).dataobj), []
             if augment_mask:
-                variant, tumors = augment(labels, spacing, one, self.tumors)
+                variant, moved = augment(labels, spacing, one, self.tumors)
                 if wanted <= set(labels_present(variant)):  # a label of some voxels can fall between those of a zoom
-                    labels = variant
+                    labels, tumors = variant, moved
                 for tumor in tumors:
                     if not tumor.is_moved:
                         warnings.warn(

@@ -223,7 +223,7 @@ def test_activations(is_file, tmp_path):
 
 
 def test_a_disk_that_is_full(monkeypatch, tmp_path):
-    """Nothing is computed in vain."""
+    """It is said before the first layer is through."""
 
     def refuse(descriptor, start, size):
         raise OSError(errno.ENOSPC, "No space left on device")
