@@ -23,6 +23,7 @@ from maisi_diffusers import PHANTOM_TINY, MaisiCTPipeline, MaisiMaskDatabase, Ma
 from maisi_diffusers.files import write_atomically
 from maisi_diffusers.phantom import SIZE_RANGES
 from maisi_diffusers.training.data_list import read_data_list
+from maisi_diffusers.training.phantom_dataset import MODALITIES
 
 MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / f"{PHANTOM_TINY.name}.md"
 SIZE, SPACING = (128, 128, 128), (3.0, 3.0, 3.0)
@@ -59,6 +60,7 @@ def main(input_args: list[str] | None = None) -> None:
         mask_scheduler=masks.mask_scheduler,
         num_inference_steps=args.num_inference_steps,
         modality=images.config.modality,
+        modalities=["unknown", "ct", *dict.fromkeys(MODALITIES.values())],  # with --modality_dropout
         prediction_type=images.config.prediction_type,
         mask_latent_size=masks.config.mask_latent_size,
         mask_spacing=masks.config.mask_spacing,

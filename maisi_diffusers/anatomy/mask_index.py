@@ -29,7 +29,8 @@ def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> N
     """Read every label map below a folder, and write the list of them as far as it is, every now and then.
 
     Args:
-        candidates: the JSON list. Where it is there already, label maps older than it are not read again.
+        candidates: the JSON list. Where it is there already, label maps that have been in their place for longer are
+            not read again.
         masks: the folder.
         num_processes: that read label maps, see [`map_in_processes`].
 
@@ -52,7 +53,7 @@ def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> N
     if candidates.is_file():
         written = candidates.stat().st_mtime
         known = {entry.pseudo_label_filename: entry for entry in read_json_list(candidates, read_entry)}
-        entries = {name: known[name] for name in names if name in known and (masks / name).stat().st_mtime < written}
+        entries = {name: known[name] for name in names if name in known and in_place_since(masks / name) < written}
     new, problems, last = [name for name in names if name not in entries], [], time.monotonic()
     described = map_in_processes(partial(describe_label_map, masks), new, num_processes)
     for name, described_or_problem in tqdm(described, total=len(new), desc="Label maps"):
@@ -83,6 +84,12 @@ def describe_label_map(masks: Path, name: str) -> tuple[str, MaskEntry | str]:
         top = bottom = None
     spacing = tuple(round(mm, 4) for mm in spacing_of(image))
     return name, MaskEntry(name, image.shape, spacing, tuple(labels), top, bottom)
+
+
+def in_place_since(path: Path) -> float:
+    """When a file was written or, with an older date, put where it is."""
+    stat = path.stat()
+    return max(stat.st_mtime, stat.st_ctime)
 
 
 def whole_numbers(image: nib.Nifti1Image) -> nib.Nifti1Image:

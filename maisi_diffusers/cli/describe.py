@@ -52,6 +52,7 @@ def describe(model: Model, plan: tuple[int, int, int] | None) -> dict:
         "licence": read_licence(model.folder),
         "components": describe_components(pipe, weight_dtypes(model)),
         "modality": pipe.config.modality,
+        "modalities": pipe.config.modalities,
         "prediction_type": pipe.config.prediction_type,
         "num_inference_steps": pipe.config.num_inference_steps,
         "label_map_from": ways(pipe, database),

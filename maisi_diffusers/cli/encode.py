@@ -55,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="slabs, for the same latents: by the memory there is, off, on, or on with less kept and more time",
     )
+    parser.add_argument("--memory", metavar="SIZE", help="of --tiling exact or lean, e.g. 4GiB; else what is free")
 
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size_multiple", type=int, default=128, help="resize to the nearest multiple along each axis")
@@ -67,7 +68,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, whose draws also depend on names")
     parser.add_argument("--overwrite", action="store_true", help="encode again what is in --output_dir already")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.memory is not None and args.tiling not in ("exact", "lean"):
+        parser.error(f"argument --memory {args.memory} bounds slabs: give it with --tiling exact or lean")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

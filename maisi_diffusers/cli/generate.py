@@ -188,6 +188,14 @@ def generate(
             "keeps a quarter and takes longer). The image is the same.",
         ),
     ] = "auto",
+    memory: Annotated[
+        str | None,
+        option(
+            MODEL,
+            metavar="SIZE",
+            help="With --tiling exact or lean: what slabs may take, e.g. 4GiB; what is free if not given.",
+        ),
+    ] = None,
     output: Annotated[
         Path,
         option(
@@ -239,6 +247,8 @@ def generate(
         raise typer.BadParameter("--force replaces what is there and --resume keeps it: give one of them")
     if seed + num > MAX_SEED:
         raise typer.BadParameter(f"--seed {seed} is too large: the last image's must be below 2^63")
+    if memory is not None and tiling not in ("exact", "lean"):
+        raise typer.BadParameter(f"--memory {memory} bounds slabs: give it with --tiling exact or --tiling lean")
     if name is not None and (not name or name != Path(name).name or name.startswith(".")):
         raise typer.BadParameter(
             f"--name {name!r} is no name of a file: give one without folders; --output is for these"
@@ -289,7 +299,7 @@ def generate(
     from .generation import generate_images  # takes seconds to import
 
     try:
-        results = generate_images(found, request, outputs, done, device, dtype, tiling, window, quiet=as_json)
+        results = generate_images(found, request, outputs, done, device, dtype, tiling, memory, window, quiet=as_json)
     except ValueError as error:
         raise ValueError(name_options(str(error))) from error
     if as_json:

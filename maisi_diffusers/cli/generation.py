@@ -32,6 +32,7 @@ def generate_images(
     device: str,
     dtype: str,
     tiling: str,
+    memory: str | None,
     window: str,
     quiet: bool,
 ) -> list[dict]:
@@ -46,6 +47,7 @@ def generate_images(
         device: a name for [`pick_device`].
         dtype: a name for [`pick_dtype`].
         tiling: how the VAE decodes, one of [`TILINGS`].
+        memory: what its slabs may take, for the two that have a bound.
         window: what the pictures of CTs show, one of [`WINDOWS`].
         quiet: say nothing.
 
@@ -66,7 +68,7 @@ def generate_images(
                     with tell_of_memory(device, "for this model: try --dtype bfloat16, or another --device"):
                         pipe = load_pipeline(model, pick_dtype(dtype, device)).to(device)
                     pipe.set_progress_bar_config(disable=True)
-                    TILINGS[tiling](pipe.vae)
+                    TILINGS[tiling](pipe.vae, *filter(None, [memory]))
                 start = time.monotonic()
                 output, messages = make_image(pipe, request, one.seed, stages)
                 stages.begin("write")

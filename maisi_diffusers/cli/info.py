@@ -76,6 +76,7 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
         ("model", f"{model['name']} ({model['source']}{' at ' + model['revision'] if model['revision'] else ''})"),
         ("licence", facts["licence"] or "not said in its model card: ask whoever made it"),
     ]
+    modalities = ", ".join(facts["modalities"] or [facts["modality"]])
     for name, component in facts["components"].items():
         of_network = (
             f", {component['parameters'] / 1e6:.1f} M parameters, {component['dtype'] or 'dtype not known from here'}"
@@ -84,7 +85,7 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
         )
         lines.append((name, f"{component['class']}{of_network}"))
     lines += [
-        ("makes", f"{facts['modality']} in {facts['num_inference_steps']} steps, by {facts['prediction_type']}"),
+        ("makes", f"{modalities} in {facts['num_inference_steps']} steps, by {facts['prediction_type']}"),
         ("from", ", ".join(facts["label_map_from"])),
     ]
     if facts["labels"]:

@@ -92,6 +92,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         mask_scheduler: its scheduler.
         num_inference_steps: the number of steps the model was released with.
         modality: the modality that is made where a call names none.
+        modalities: names of all that the model was trained for; `None` if whoever calls it is to know.
         prediction_type: what the UNet predicts, `"flow_prediction"` or `"epsilon"`; what the scheduler takes if not
             given.
         input_rules: sizes and spacings the model was trained for (see
@@ -139,6 +140,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         mask_scheduler: DDPMScheduler | MaisiRFlowScheduler | None = None,
         num_inference_steps: int = 30,
         modality: str = "ct",
+        modalities: list[str] | None = None,
         prediction_type: str | None = None,
         input_rules: dict | None = None,
         mask_latent_size: list[int] = [64, 64, 64],
@@ -167,6 +169,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         self.register_to_config(
             num_inference_steps=num_inference_steps,
             modality=modality,
+            modalities=modalities,
             prediction_type=prediction_type or prediction_type_of(scheduler),
             input_rules=input_rules,
             mask_latent_size=list(mask_latent_size),
@@ -384,6 +387,11 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             )
         if num_class_embeds is not None and modality >= num_class_embeds:
             raise ValueError(f"this model has no modality code {modality}: it has 0 to {num_class_embeds - 1}")
+        trained_for = self.config.modalities
+        if trained_for is not None and modality not in map(modality_code, trained_for):
+            raise ValueError(
+                f"this model was not trained for modality code {modality}: use one of {', '.join(trained_for)}"
+            )
         if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"guidance_scale={guidance_scale} is not allowed: give 0 (off) or more")
         if not isinstance(controlnet_conditioning_scale, Real) or not math.isfinite(controlnet_conditioning_scale):

@@ -34,7 +34,11 @@ def load_base_model(args: argparse.Namespace) -> MaisiCTPipeline:
     without = dict.fromkeys(("mask_vae", "mask_unet", "mask_scheduler"))
     if args.version is None:
         return MaisiCTPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, variant=args.variant, **hub_kwargs, **without
+            args.pretrained_model_name_or_path,
+            variant=args.variant,
+            modalities=None,  # those of the data come in
+            **hub_kwargs,
+            **without,
         )
     pipe = MaisiCTPipeline.from_maisi_checkpoint(
         args.pretrained_model_name_or_path, version=args.version, **hub_kwargs

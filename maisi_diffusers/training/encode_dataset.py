@@ -306,7 +306,7 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
         data_list = replace(data_list, cases=cases_of_labels(data_list.cases, args))
     ratio = vae.spatial_compression_ratio
     check_size(args, ratio)
-    TILINGS[args.tiling](vae)
+    TILINGS[args.tiling](vae, *filter(None, [args.memory]))
     settings = settings_of(args, vae)
     if not args.overwrite:
         check_settings(args.output_dir, settings)

@@ -90,6 +90,17 @@ def test_what_is_in_the_list_is_not_read_again(folder, read):
     assert kept[0] in json.loads((folder / "candidate_masks.json").read_text())
 
 
+def test_a_label_map_with_an_older_date_is_read(folder, read):
+    """As one is that was copied with its date, over another."""
+    MaisiMaskDatabase.from_folder(folder)
+    read.clear()
+    labels, size, spacing, _ = MASKS["abdomen/liver"]
+    make_mask(labels, size, spacing).to_filename(folder / "heart.nii.gz")
+    os.utime(folder / "heart.nii.gz", (1e9, 1e9))
+    entries = {entry.pseudo_label_filename: entry for entry in MaisiMaskDatabase.from_folder(folder).entries}
+    assert read == ["heart.nii.gz"] and list(entries["heart.nii.gz"].label_list) == labels
+
+
 def test_the_list_is_written_as_far_as_it_is(folder, read, monkeypatch):
     monkeypatch.setattr(mask_index, "SECONDS_BETWEEN_WRITES", 0.0)
     describe = mask_index.describe_label_map

@@ -265,7 +265,7 @@ def test_own_label_map_and_back(model, tmp_path, torso_ct, torso_labels):
 
 
 def test_tiling_and_dtype(base, tmp_path):
-    run("generate", *base, "--tiling", "exact", "--dtype", "bfloat16")
+    run("generate", *base, "--tiling", "exact", "--memory", "1MB", "--dtype", "bfloat16")
     record = json.loads((tmp_path / "out" / "tiny_seed0.json").read_text())
     assert record["tiling"] == "exact" and record["dtype"] == "bfloat16"
 
@@ -378,6 +378,7 @@ def test_bad_values(model, mask, tmp_path, options, says):
     [
         (["--size", "liver"], "--size 'liver' is no pair of name and size: give it like --size liver=0.5"),
         (["--seed", str(2**63)], f"--seed {2**63} is too large"),
+        (["--memory", "4GiB"], "--memory 4GiB bounds slabs: give it with --tiling exact or --tiling lean"),
         (["--name", "a/b"], "--name 'a/b' is no name of a file"),
         (["--name", ""], "--name '' is no name of a file"),
         (["--force", "--resume"], "give one of them"),

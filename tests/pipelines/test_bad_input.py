@@ -28,6 +28,7 @@ def pipes(tmp_path_factory):
         "wrong scheduler": make_pipeline("rflow-ct"),
         "wrong flow": make_pipeline("ddpm-ct"),
         "untested solver": make_pipeline("rflow-ct"),
+        "contrast": make_pipeline("rflow-ct", with_mask_networks=False),
         "database": make_pipeline("rflow-ct"),
         "damaged database": make_pipeline("ddpm-ct"),
     }
@@ -37,6 +38,7 @@ def pipes(tmp_path_factory):
     (folder / "masks.zip").write_bytes((folder / "masks.zip").read_bytes()[:-100])
     pipes["published rules"].register_to_config(input_rules=CT_RULES)
     pipes["no controlnet"].controlnet = None
+    pipes["contrast"].register_to_config(modalities=["ct", "ct_contrast"])
     pipes["untested solver"].scheduler = DEISMultistepScheduler.from_config(pipes["rflow"].scheduler.config)
     pipes["wrong scheduler"].scheduler = DDPMScheduler.from_config(pipes["rflow"].scheduler.config)
     pipes["wrong flow"].scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipes["ddpm"].scheduler.config)
@@ -210,6 +212,12 @@ CASES = {
         IMAGE_ONLY | {"body_region": ["chest"], "modality": "t1"},
         "code 9",
         "leave modality out",
+    ),
+    "MR from a model that says what it makes": (
+        "contrast",
+        IMAGE_ONLY | {"modality": "t1"},
+        "code 9",
+        "use one of ct, ct_contrast",
     ),
     "a seed for a generator": ("rflow", IMAGE_ONLY | {"generator": 0}, "generator=0", "manual_seed"),
     "an array of noise": ("rflow", IMAGE_ONLY | {"latents": np.zeros((1, 4, 6, 4, 8))}, "ndarray", "tensor"),

@@ -62,7 +62,7 @@ def test_fresh_process(saved, loader):
 def test_round_trip(tmp_path, version):
     """Configuration, optional components, and nothing but safetensors and JSON."""
     pipe = make_pipeline(version)
-    pipe.register_to_config(input_rules={"sizes": [[24, 16, 32]]}, modality="ct_contrast")
+    pipe.register_to_config(input_rules={"sizes": [[24, 16, 32]]}, modality="ct_contrast", modalities=["ct_contrast"])
     pipe.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json"}
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -70,7 +70,7 @@ def test_round_trip(tmp_path, version):
     assert index["_class_name"] == "MaisiCTPipeline"
 
     again = MaisiCTPipeline.from_pretrained(tmp_path)
-    names = ("num_inference_steps", "modality", "prediction_type", "input_rules", "mask_latent_size", "mask_spacing")
+    names = ("num_inference_steps", "modality", "modalities", "prediction_type", "input_rules", "mask_latent_size")
     assert {name: again.config[name] for name in names} == {name: pipe.config[name] for name in names}
     for name, component in pipe.components.items():
         loaded = again.components[name]

@@ -38,6 +38,7 @@ def test_a_whole_model(arguments, tmp_path):
     pipe = MaisiCTPipeline.from_pretrained(tmp_path / "model")
     assert {name for name, component in pipe.components.items() if component is not None} == set(pipe.components)
     assert pipe.config.num_inference_steps == 5 and pipe.config.default_output_size == [128, 128, 128]
+    assert pipe.config.modalities == ["unknown", "ct", "ct_wo_contrast", "ct_contrast"]
     assert pipe.config.mask_latent_size == [4, 4, 4] and pipe.config.mask_spacing == [24.0] * 3
     cases = read_data_list(tmp_path / "phantoms" / "dataset.json").cases
     assert len(pipe.mask_database) == len(pipe.anatomy_size_conditions) == 2

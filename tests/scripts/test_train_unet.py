@@ -71,12 +71,13 @@ def test_settings_of_the_model_stay(train_unet, latents, tmp_path):
         "recommended_fovs": {"t1": {"head": [[160, 256, 256]]}},
         "input_rules": MR_RULES,
     }
-    base.register_to_config(**settings)
+    base.register_to_config(**settings, modalities=["mri"])
     base.save_pretrained(tmp_path / "base")
     source = ["--pretrained_model_name_or_path", tmp_path / "base"]
     run(train_unet, *on_latents(latents, tmp_path / "output", *source, "--max_train_steps", 1))
     config = MaisiCTPipeline.from_pretrained(tmp_path / "output").config
     assert {name: config[name] for name in settings} == settings
+    assert config.modalities is None  # the data may have others
 
 
 def test_scaling_factor_is_measured_once(train_unet, latents, tmp_path):
