@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import convert_file_size_to_int
 from matplotlib.figure import Figure
 
@@ -121,6 +122,8 @@ def promised(results: dict[str, dict]) -> list[list[str]]:
     one_piece = tiling.get("48", {}).get("float32 off")
     for size, of_size in tiling.items():
         for variant, ours in of_size.items():
+            if ours and variant.startswith("float32 lean"):
+                compare(f"latent {size}^3, {variant}, largest difference", 1, 2000 * ours["deviation"], " HU")
             if not ours or not variant.startswith("float32 exact"):
                 continue
             bound = convert_file_size_to_int(variant.split()[-1]) / 1e6
@@ -141,9 +144,9 @@ def promised(results: dict[str, dict]) -> list[list[str]]:
 
 def memory_table(measured: dict[str, dict[str, dict[str, float]]]) -> str:
     """Of each stage what the plan tells and what was measured."""
-    pipe = MaisiCTPipeline(
-        AutoencoderKLMaisi(), MaisiUNet3DConditionModel(), MaisiRFlowScheduler(), MaisiControlNetModel()
-    )
+    with init_empty_weights():
+        vae, unet, controlnet = AutoencoderKLMaisi(), MaisiUNet3DConditionModel(), MaisiControlNetModel()
+    pipe = MaisiCTPipeline(vae, unet, MaisiRFlowScheduler(), controlnet)
     rows = []
     for stage, (work, tiling) in STAGES.items():
         size = networks.WORK[work][0]
