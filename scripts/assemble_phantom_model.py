@@ -36,7 +36,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mask_model", type=Path, required=True, help="pipeline of mask VAE and mask UNet")
     parser.add_argument("--label_maps", type=Path, required=True, help="data set whose label maps are the database")
     parser.add_argument("--anatomy_sizes", type=Path, required=True, help="data list whose sizes are to go with it")
-    parser.add_argument("--num_inference_steps", type=int, default=30, help="of images")
+    parser.add_argument("--num_inference_steps", type=int, default=30, help="of images for a label map")
+    parser.add_argument("--image_only_num_inference_steps", type=int, default=30, help="of images without one")
     parser.add_argument("--mask_num_inference_steps", type=int, default=30, help="of label maps")
     parser.add_argument("--output_dir", type=Path, default=PHANTOM_TINY)
     return parser.parse_args(input_args)
@@ -59,6 +60,7 @@ def main(input_args: list[str] | None = None) -> None:
         mask_unet=masks.mask_unet,
         mask_scheduler=masks.mask_scheduler,
         num_inference_steps=args.num_inference_steps,
+        image_only_num_inference_steps=args.image_only_num_inference_steps,
         modality=images.config.modality,
         modalities=["unknown", "ct", *dict.fromkeys(MODALITIES.values())],  # with --modality_dropout
         prediction_type=images.config.prediction_type,

@@ -51,6 +51,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="HU that get more room in the latents than others; train such a VAE no further",
     )
     parser.add_argument("--window_gain", type=float, default=4.0, help="times as much")
+    parser.add_argument("--air", type=float, metavar="HU", help="with --window: below it noise of images is cleaned")
     parser.add_argument("--seed", type=int, default=0, help="of the weights that have no part in it yet")
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser.parse_args(input_args)
@@ -68,8 +69,10 @@ def main(input_args: list[str] | None = None) -> None:
     volumes = [dataset[i][dataset.item_name] for i in tqdm(range(len(dataset)), desc="Volumes")]
     if encodes_labels(vae):
         volumes = [label_bits(labels[None], torch.uint8)[0] for labels in volumes]
-    window = None if args.window is None else tuple(from_hu(np.array(args.window), modality_code("ct")).tolist())
-    make_linear(vae, volumes, args.whitening, window, args.window_gain)
+    window, air = (
+        None if hu is None else from_hu(np.array(hu), modality_code("ct")).tolist() for hu in (args.window, args.air)
+    )
+    make_linear(vae, volumes, args.whitening, None if window is None else tuple(window), args.window_gain, air)
     with write_atomically(args.output_dir) as folder:
         vae.save_pretrained(folder)
 

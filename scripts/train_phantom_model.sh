@@ -29,13 +29,14 @@ phantoms phantoms 0 480 --other_spacings 0.25 --tumors 0.4 --num_folds 24
 phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 --body_region chest abdomen
 
 # 2. Images: the VAE, which is the best linear one, but for its window: of all errors those in soft tissue are seen first,
-# and -160 to 240 HU are a fifth of what the latents show. The UNet on its latents, for a while; and the two of UNet and
-# ControlNet, which begins as the best linear one too. Our latents are so much alike from place to place that their
-# structure shows through the usual noise: base_img_size_numel shifts the timesteps towards noise, by a ratio of 4.
+# and -160 to 240 HU are a fifth of what the latents show; air has little room, and so is cleaned of noise. The UNet on
+# its latents, for a while; and the two of UNet and ControlNet, which begins as the best linear one too. Our latents are
+# so much alike from place to place that their structure shows through the usual noise: base_img_size_numel shifts the
+# timesteps towards noise, by a ratio of 4.
 # Tumors, bones and the organs that differ most between contrast phases have few voxels, and so count more. Sampling
 # takes predictions for means, which l2 makes them: with l1 they are medians.
 [ -f "$work/vae/config.json" ] || python "$scripts/start_vae.py" --vae_config_name_or_path "$configs/vae.json" \
-    --data_list "$work/phantoms/dataset.json" --num_cases 33 --window -160 240 --output_dir "$work/vae"
+    --data_list "$work/phantoms/dataset.json" --num_cases 33 --window -160 240 --air -900 --output_dir "$work/vae"
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \

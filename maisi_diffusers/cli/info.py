@@ -77,6 +77,9 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
         ("licence", facts["licence"] or "not said in its model card: ask whoever made it"),
     ]
     modalities = ", ".join(facts["modalities"] or [facts["modality"]])
+    steps, others = f"{facts['num_inference_steps']} steps", facts["image_only_num_inference_steps"]
+    if others != facts["num_inference_steps"]:
+        steps += f", or {others} without a label map"
     for name, component in facts["components"].items():
         of_network = (
             f", {component['parameters'] / 1e6:.1f} M parameters, {component['dtype'] or 'dtype not known from here'}"
@@ -85,7 +88,7 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
         )
         lines.append((name, f"{component['class']}{of_network}"))
     lines += [
-        ("makes", f"{modalities} in {facts['num_inference_steps']} steps, by {facts['prediction_type']}"),
+        ("makes", f"{modalities} in {steps}, by {facts['prediction_type']}"),
         ("from", ", ".join(facts["label_map_from"])),
     ]
     if facts["labels"]:

@@ -79,9 +79,10 @@ def arguments_used(pipe: MaisiCTPipeline, request: dict, image: nib.Nifti1Image)
     given = {parameter.name: request.get(parameter.name, parameter.default) for parameter in parameters}
     for name in NOT_ASKED_FOR:
         del given[name]
-    for name in ("modality", "num_inference_steps", "guidance_scale"):
+    for name in ("modality", "guidance_scale"):
         if given[name] is None:
             given[name] = getattr(pipe.config, name)
+    given["num_inference_steps"] = given["num_inference_steps"] or pipe.own_num_inference_steps(given["image_only"])
     if is_ct(modality_code(given["modality"])):
         given["body_image"] = given["body_image"] or given["image"]
     size, spacing = image.shape, spacing_of(image)

@@ -71,9 +71,10 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
         dtype: of the networks.
 
     Returns:
-        stage -> bytes: `weights`; `embedding` of the label map, with a ControlNet; `step`; `decode off`, in one piece,
-        `decode exact` and `decode lean`, in slabs; and `kept exact` and `kept lean`, what of these can be on the host
-        or in a scratch file instead.
+        stage -> bytes: `weights`; `mask step` and `mask decode`, in slabs, of a label map that is made, if the model
+        can; `embedding` of the label map, with a ControlNet; `step`; `decode off`, in one piece, `decode exact` and
+        `decode lean`, in slabs; and `kept exact` and `kept lean`, what of these can be on the host or in a scratch
+        file instead.
     """
     latent_size = tuple(n // pipe.vae.spatial_compression_ratio for n in size)
     with FakeTensorMode(), torch.no_grad():
@@ -83,6 +84,16 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
             if isinstance(network, torch.nn.Module)
         }
         stages = {"weights": sum(p.nbytes for one in networks.values() for p in one.parameters())}
+        if "mask_unet" in networks:
+            mask_unet = networks["mask_unet"]
+            mask_latents = torch.empty(1, mask_unet.config.in_channels, *pipe.config.mask_latent_size, dtype=dtype)
+            sizes = torch.empty(1, 1, mask_unet.config.cross_attention_dim, dtype=dtype)
+            with LivingTensors() as living:
+                mask_unet(mask_latents, torch.empty(1), encoder_hidden_states=sizes)
+            stages["mask step"] = living.highest
+            kept, slabs = slab_memory(pipe.mask_vae.decoder, pipe.config.mask_latent_size, keeps_finest=True)
+            voxels = math.prod(pipe.mask_vae.spatial_compression_ratio * n for n in pipe.config.mask_latent_size)
+            stages["mask decode"] = kept * dtype.itemsize + slabs + voxels * torch.int16.itemsize
         vae, unet, controlnet = networks["vae"], networks["unet"], networks.get("controlnet")
         latents = torch.empty(1, unet.config.in_channels, *latent_size, dtype=dtype)
         conditions = {"timestep": torch.empty(1)}

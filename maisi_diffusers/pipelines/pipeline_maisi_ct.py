@@ -91,6 +91,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         mask_unet: the UNet of generated label maps.
         mask_scheduler: its scheduler.
         num_inference_steps: the number of steps the model was released with.
+        image_only_num_inference_steps: the same for images without a label map; as many if not given.
         modality: the modality that is made where a call names none.
         modalities: names of all that the model was trained for; `None` if whoever calls it is to know.
         prediction_type: what the UNet predicts, `"flow_prediction"` or `"epsilon"`; what the scheduler takes if not
@@ -139,6 +140,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         mask_unet: MaisiUNet3DConditionModel | None = None,
         mask_scheduler: DDPMScheduler | MaisiRFlowScheduler | None = None,
         num_inference_steps: int = 30,
+        image_only_num_inference_steps: int | None = None,
         modality: str = "ct",
         modalities: list[str] | None = None,
         prediction_type: str | None = None,
@@ -168,6 +170,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         )
         self.register_to_config(
             num_inference_steps=num_inference_steps,
+            image_only_num_inference_steps=image_only_num_inference_steps,
             modality=modality,
             modalities=modalities,
             prediction_type=prediction_type or prediction_type_of(scheduler),
@@ -403,6 +406,11 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 "controlnet_conditioning_scale is how much a label map steers the image, and image_only=True has "
                 "none: leave one out"
             )
+
+    def own_num_inference_steps(self, image_only: bool) -> int:
+        """The number of steps where a call gives none, with a label map or without."""
+        without = self.config.image_only_num_inference_steps if image_only else None
+        return without or self.config.num_inference_steps
 
     def choose_grid(
         self,
@@ -892,7 +900,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if num_inference_steps is None:
-            num_inference_steps = self.config.num_inference_steps
+            num_inference_steps = self.own_num_inference_steps(image_only)
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale
         modality = modality_code(self.config.modality if modality is None else modality)

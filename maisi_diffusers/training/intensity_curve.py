@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +13,10 @@ from ..models.vae_blocks_maisi import MaisiVaeResnetBlock3D
 RIDGE = 1e-7
 # Sharpness of a bend times the distance to the next: each is about as wide as they are apart.
 BEND = 4.0
+# Seven bends at these places of a window take its curve back to 1 HU, seven evenly spread ones to 6 HU.
+PLACES = (-0.35, -0.15, 0.0, 0.5, 1.0, 1.15, 1.35)
+# How much of what its neighbours are below air is taken from a voxel, and over how much of 0..1 this begins.
+AIR_TAKEN, AIR_WIDTH = 1.5, 0.01
 
 
 @dataclass
@@ -53,9 +58,14 @@ class IntensityCurve:
         """The curve that gives as much less."""
         return replace(self, offset=self.offset - by)
 
-    def inverse(self, x: torch.Tensor) -> Self:
-        """The nearest curve to the way back, to values x (N,) that are wanted."""
-        return type(self).fit(self(x), x, self(self.knots))
+    def inverse(self, x: torch.Tensor, knots: torch.Tensor) -> Self:
+        """The nearest curve to the way back, to values x (N,) that are wanted, with bends at some of them."""
+        return type(self).fit(self(x), x, self(knots))
+
+    def with_flat_bend(self, knot: float, sharpness: float) -> Self:
+        """The same values, with one more bend, which is none yet."""
+        more = {"knots": knot, "sharpness": sharpness, "up": 0.0, "down": 0.0}
+        return replace(self, **{name: F.pad(getattr(self, name), (0, 1), value=value) for name, value in more.items()})
 
 
 def window_curve(low: float, high: float, gain: float, x: torch.Tensor, num_knots: int) -> IntensityCurve:
@@ -63,6 +73,12 @@ def window_curve(low: float, high: float, gain: float, x: torch.Tensor, num_knot
     reach = (high - low) / 2
     knots = torch.linspace(low - reach, high + reach, num_knots, dtype=x.dtype)
     return IntensityCurve.fit(x, x + (gain - 1) * (x.clip(low, high) - low), knots)
+
+
+def knots_back(low: float, high: float, number: int) -> torch.Tensor:
+    """Where the way back of [`window_curve`] best has its bends: most of them at the ends of the window."""
+    places = np.interp(np.linspace(0, len(PLACES) - 1, number), range(len(PLACES)), PLACES)
+    return torch.from_numpy(low + (high - low) * places)
 
 
 @torch.no_grad()
@@ -101,3 +117,20 @@ def set_curve(
     bends = torch.stack([curve.up, curve.down], dim=1).flatten().float()
     resnet.conv2.weight[centre][: len(outputs), :number] = outputs[:, None] * bends
     resnet.conv2.bias[: len(outputs)] = outputs * curve.offset
+
+
+@torch.no_grad()
+def set_curve_and_air(
+    resnet: MaisiVaeResnetBlock3D, curve: IntensityCurve, air: float, square: float, size: float, outputs: torch.Tensor
+) -> None:
+    """
+    [`set_curve`], and what is darker than air is darker yet by what its 26 neighbours and itself are on average. Where
+    all is air, noise so ends where intensities are clipped; tissue beside it stays what it is.
+
+    Args:
+        resnet, curve, square, size, outputs: see [`set_curve`].
+        air: the x below which this begins, where the curve is as steep as x.
+    """
+    set_curve(resnet, curve.with_flat_bend(air, 1 / AIR_WIDTH), square, size, outputs)
+    below = resnet.conv2.weight[:, 2 * len(curve.knots) + 1]
+    below[: len(outputs)] -= (AIR_TAKEN * AIR_WIDTH / below[0].numel()) * outputs[:, None, None, None]

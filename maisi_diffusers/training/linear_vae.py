@@ -5,7 +5,7 @@ from torch import nn
 
 from ..anatomy import MASK_VAE_LABELS, label_bits
 from ..models import AutoencoderKLMaisi
-from .intensity_curve import set_curve, window_curve
+from .intensity_curve import knots_back, set_curve, set_curve_and_air, window_curve
 from .latents import encodes_labels
 
 # Of what group norms get: so small that with their epsilon of about 1 they leave it nearly as it is. Smaller with a
@@ -77,6 +77,7 @@ def make_linear(
     whitening: float,
     window: tuple[float, float] | None = None,
     window_gain: float = 4.0,
+    air: float | None = None,
 ) -> None:
     """
     Give a VAE the weights by which its latents are the principal components of the blocks that they stand for, and its
@@ -94,6 +95,8 @@ def make_linear(
         whitening: 0 leaves the components their variances, 1 gives all of them the same.
         window: lowest and highest of the intensities, of 0..1, that get more room; None for none that do.
         window_gain: times as much.
+        air: of an image VAE with a window, the intensity, below that, from which on images are cleaned of noise by
+            their neighbours (see [`set_curve_and_air`]); None for not at all.
 
     Raises:
         ValueError: for a VAE that cannot do it.
@@ -116,6 +119,9 @@ def make_linear(
             f"window={window}, window_gain={window_gain} for a VAE of in_channels={inputs}: a window is of images, "
             "from low to high in 0..1, and its gain above 0"
         )
+
+    if air is not None and (window is None or not 0 < air < window[0]):
+        raise ValueError(f"air={air} with window={window}: it goes with a window, and is below it and above 0")
 
     for block in (*vae.encoder.blocks, *vae.decoder.blocks):
         for resnet in block.resnets:
@@ -161,7 +167,12 @@ def make_linear(
     if window is not None:
         upsamplers[0].weight[:, 1] = -upsamplers[0].weight[:, 0]
         outputs = last_decoder.conv_shortcut.weight[:2, 0, 0, 0, 0]
-        set_curve(last_decoder, there.inverse(grid), float(widths) ** 2, size, outputs)
+        back = there.inverse(grid, knots_back(low, high, channels[0] // 2 - (air is not None)))
+        if air is None:
+            set_curve(last_decoder, back, float(widths) ** 2, size, outputs)
+        else:
+            air = float(there(torch.tensor(air - float(means))))
+            set_curve_and_air(last_decoder, back, air, float(widths) ** 2, size, outputs)
 
     scales = deviations.clamp(min=1e-6) ** -whitening
     for conv, factors in ((vae.quant_conv, scales), (vae.post_quant_conv, 1 / scales)):

@@ -344,3 +344,16 @@ def test_solver_in_sigmas():
         found[solver] = pipe(**IMAGE_ONLY, num_inference_steps=50, generator=seeded(), output_type="latent").images
     error = (found[EulerDiscreteScheduler] - found[DDIMScheduler]).norm() / found[DDIMScheduler].norm()
     assert error < 0.01
+
+
+def test_steps_of_images_without_a_label_map():
+    """A model may want more of them; a number that is given is what is taken."""
+    pipe = make_pipeline("rflow-ct")
+    pipe.register_to_config(num_inference_steps=2, image_only_num_inference_steps=3)
+    for request, steps in (
+        (IMAGE_ONLY, 3),
+        (IMAGE_ONLY | {"num_inference_steps": 1}, 1),
+        ({"mask": make_label_map()}, 2),
+    ):
+        pipe(**request, generator=seeded(), output_type="latent")
+        assert pipe.num_timesteps == steps

@@ -47,7 +47,10 @@ def test_a_window(arguments, tmp_path):
     load_script("start_vae").main([*arguments, "--window", "-160", "240", "--window_gain", "3"])
     vae = AutoencoderKLMaisi.from_pretrained(tmp_path / "vae")
     for resnet in (vae.encoder.down_blocks[0].resnets[0], vae.decoder.up_blocks[-1].resnets[-1]):
-        assert resnet.conv2.weight.any()
+        assert resnet.conv2.weight.any() and not resnet.conv2.weight[:, :, 0].any()
+    load_script("start_vae").main([*arguments, "--window", "-160", "240", "--air", "-900"])
+    vae = AutoencoderKLMaisi.from_pretrained(tmp_path / "vae")
+    assert vae.decoder.up_blocks[-1].resnets[-1].conv2.weight[:, :, 0].any()  # of neighbours
 
 
 def test_a_list_of_one_fold(arguments, tmp_path):

@@ -74,6 +74,30 @@ def test_window(volumes, channels):
         assert (decoded - one).abs().max() < 0.02
 
 
+@torch.no_grad()
+def test_air(volumes):
+    """Noise of air around a body is gone, what is in it stays; the latents are those without."""
+    torch.manual_seed(0)
+    body = torch.zeros(1, 16, 16, 16)
+    body[:, 4:12, 4:12, 4:12] = 0.5
+    noisy = (body + 0.015 * torch.randn(1, 16, 16, 16)).clamp(min=0)
+    plain, clean = make_vae((16, 24, 48), 24), make_vae((16, 24, 48), 24)
+    make_linear(plain, [*volumes, noisy, body], 0.0, window=(0.4, 0.6))
+    make_linear(clean, [*volumes, noisy, body], 0.0, window=(0.4, 0.6), air=0.05)
+    assert torch.equal(plain.encode(noisy[None]).latent_dist.mode(), clean.encode(noisy[None]).latent_dist.mode())
+    images = [vae.decode(vae.encode(noisy[None]).latent_dist.mode()).sample[0] for vae in (plain, clean)]
+    outside = torch.ones(1, 16, 16, 16, dtype=torch.bool)
+    outside[:, 3:13, 3:13, 3:13] = False
+    assert images[0][outside].clamp(min=0).std() > 5 * images[1][outside].clamp(min=0).std()
+    assert (images[1] - images[0])[:, 5:11, 5:11, 5:11].abs().max() < 0.03
+
+
+@pytest.mark.parametrize(("window", "air"), [(None, 0.05), ((0.4, 0.6), 0.5), ((0.4, 0.6), 0.0)], ids=str)
+def test_air_that_is_none(volumes, window, air):
+    with pytest.raises(ValueError, match="it goes with a window, and is below it and above 0"):
+        make_linear(make_vae((8, 16), 8), volumes, 0.5, window, air=air)
+
+
 @pytest.mark.parametrize("window", [(0.6, 0.4), (-0.1, 0.5), (0.5, 1.2)], ids=str)
 def test_windows_that_are_none(volumes, window):
     vae = make_vae((8, 16), 8)
