@@ -222,4 +222,6 @@ def find_boxes(labels: np.ndarray, wanted: Iterable[int], margin: int = 0) -> di
 
 def largest_piece(mask: np.ndarray) -> np.ndarray:
     """The largest piece of a mask, whose voxels share a side, an edge or a corner."""
-    return cc3d.largest_k(mask, k=1, connectivity=26) > 0
+    # cc3d 4.1.1 fails at some masks that have one voxel along an axis.
+    thicker = np.pad(mask, [(0, int(n == 1)) for n in mask.shape])
+    return (cc3d.largest_k(thicker, k=1, connectivity=26) > 0)[tuple(slice(n) for n in mask.shape)]

@@ -123,6 +123,15 @@ def test_single_organs_are_one_piece(labels, name):
     assert (clean[30:33, 30:33, 30:33] == BODY).all() and (clean == organ).sum() == 216
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_crumbs_along_a_line(labels, axis):
+    """Some of them, of one voxel along two axes, cc3d 4.1.1 fails at."""
+    row = np.moveaxis(labels, axis, 0)
+    row[22:25:2, 30, 30] = SPLEEN
+    clean, report = clean_up(labels)
+    assert report.organ_pieces == {SPLEEN: 1} and (clean == SPLEEN).sum() == 1
+
+
 def test_vertebrae_are_one_piece_unless_a_bone_lesion_was_asked_for(labels):
     labels[26:30, 10:14, 10:14] = labels[32:34, 10:12, 10:12] = VERTEBRA
     clean, report = clean_up(labels)
