@@ -19,7 +19,13 @@ from pathlib import Path
 
 import torch
 
-from maisi_diffusers import PHANTOM_TINY, MaisiCTPipeline, MaisiMaskDatabase, MaisiMaskPipeline
+from maisi_diffusers import (
+    PHANTOM_TINY,
+    MaisiControlNetModel,
+    MaisiCTPipeline,
+    MaisiMaskDatabase,
+    MaisiMaskPipeline,
+)
 from maisi_diffusers.files import write_atomically
 from maisi_diffusers.phantom import SIZE_RANGES
 from maisi_diffusers.training.data_list import read_data_list
@@ -33,6 +39,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """The command line, or a list of arguments instead."""
     parser = argparse.ArgumentParser(description="Put the trained parts of the embedded model together.")
     parser.add_argument("--image_model", type=Path, required=True, help="pipeline of VAE, UNet and ControlNet")
+    parser.add_argument("--controlnet", type=Path, help="instead of that of --image_model")
     parser.add_argument("--mask_model", type=Path, required=True, help="pipeline of mask VAE and mask UNet")
     parser.add_argument("--label_maps", type=Path, required=True, help="data set whose label maps are the database")
     parser.add_argument("--anatomy_sizes", type=Path, required=True, help="data list whose sizes are to go with it")
@@ -50,6 +57,8 @@ def main(input_args: list[str] | None = None) -> None:
     if args.output_dir.exists() and not is_model and (args.output_dir.is_file() or any(args.output_dir.iterdir())):
         raise ValueError(f"{args.output_dir} is there and holds no model: choose another --output_dir, or remove it")
     images = MaisiCTPipeline.from_pretrained(args.image_model)
+    if args.controlnet is not None:
+        images.register_modules(controlnet=MaisiControlNetModel.from_pretrained(args.controlnet))
     masks = MaisiMaskPipeline.from_pretrained(args.mask_model)
     pipe = MaisiCTPipeline(
         vae=images.vae,

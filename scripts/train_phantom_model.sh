@@ -36,7 +36,7 @@ phantoms mask-phantoms 10000 400 --other_spacings 0 --tumors 0.6 --num_folds 20 
 # Tumors, bones and the organs that differ most between contrast phases have few voxels, and so count more. Sampling
 # takes predictions for means, which l2 makes them: with l1 they are medians.
 [ -f "$work/vae/config.json" ] || python "$scripts/start_vae.py" --vae_config_name_or_path "$configs/vae.json" \
-    --data_list "$work/phantoms/dataset.json" --num_cases 33 --window -160 240 --air -900 --output_dir "$work/vae"
+    --data_list "$work/phantoms/dataset.json" --num_cases 33 --window -160 240 --air -880 --output_dir "$work/vae"
 python "$scripts/encode_latents.py" --data_list "$work/phantoms/dataset.json" --vae "$work/vae" --posterior mean \
     --output_dir "$work/latents"
 train train_unet unet --vae_model_name_or_path "$work/vae" --unet_config_name_or_path "$configs/unet.json" \
@@ -51,11 +51,20 @@ train train_controlnet images --pretrained_model_name_or_path "$work/unet" --tra
     --data_list "$work/latents/latents.json" --max_train_steps 5000 --learning_rate 1e-3 --lr_warmup_steps 100 \
     --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 --weighted_loss_label $important
 # Again. For the weights in the package, the first 750 steps had a schedule of 6500, and the first 1000 of masks-3 below
-# one of 5000.
+# one of 5000; and the VAE's --air, which the latents do not depend on, came after all training.
 train train_controlnet images-2 --pretrained_model_name_or_path "$work/images" --train_unet --controlnet_dropout 0.4 \
     --freeze_condition_embedding --modality_dropout 0.1 --data_list "$work/latents/latents.json" --seed 1 \
     --max_train_steps 5500 --learning_rate 1e-3 --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 \
     --weighted_loss_label $important
+# And mostly without label maps, by which the UNet learns where a body ends; so what is around it counts too.
+train train_controlnet images-3 --pretrained_model_name_or_path "$work/images-2" --train_unet --controlnet_dropout 0.7 \
+    --freeze_condition_embedding --modality_dropout 0.1 --data_list "$work/latents/latents.json" --seed 2 \
+    --max_train_steps 4000 --learning_rate 7e-4 --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 \
+    --weighted_loss_label 0 $important
+# At last the ControlNet alone, which has the UNet as it is now to steer.
+train train_controlnet controlnet --pretrained_model_name_or_path "$work/images-3" --freeze_condition_embedding \
+    --data_list "$work/latents/latents.json" --seed 3 --max_train_steps 900 --learning_rate 5e-4 --use_ema \
+    --ema_decay 0.99 --loss_type l2 --weighted_loss 4 --weighted_loss_label $(seq 28 32) $important
 
 # 3. Label maps: the mask VAE, which begins as the best linear one, and the UNet on its latents.
 [ -f "$work/linear-mask-vae/config.json" ] || python "$scripts/start_vae.py" --num_cases 16 \
@@ -79,13 +88,14 @@ again() { # output folder, model, seed, steps
         --seed "$3" --max_train_steps "$4" --loss_type l2 --learning_rate 1e-3 --use_ema --ema_decay 0.998 \
         --weighted_loss 4 --weighted_loss_label 23 24 26 27 128
 }
+# Of 9000 steps more, with a weight of 8, tumors came out at random: 480 phantoms are not enough for them.
 again masks-2 masks 1 6000
 again masks-3 masks-2 2 3800
 
 # 4. The mask database, from other phantoms; the model, which few steps of sampling suit best; the curves.
 phantoms database 20000 32 --other_spacings 0 --tumors 0.7
-python "$scripts/assemble_phantom_model.py" --image_model "$work/images-2" --mask_model "$work/masks-3" \
-    --label_maps "$work/database" --anatomy_sizes "$work/tumor-phantoms/dataset.json" --num_inference_steps 3 \
-    --mask_num_inference_steps 6
+python "$scripts/assemble_phantom_model.py" --image_model "$work/images-3" --controlnet "$work/controlnet" \
+    --mask_model "$work/masks-3" --label_maps "$work/database" --anatomy_sizes "$work/tumor-phantoms/dataset.json" \
+    --num_inference_steps 3 --image_only_num_inference_steps 20 --mask_num_inference_steps 6
 python "$scripts/draw_training_curves.py" --every 50 --output "$scripts/../docs/training" \
-    --runs "$work"/{unet,images,images-2,mask-vae,masks,masks-2,masks-3}
+    --runs "$work"/{unet,images,images-2,images-3,controlnet,mask-vae,masks,masks-2,masks-3}

@@ -51,6 +51,15 @@ def test_a_whole_model(arguments, tmp_path):
     assert "not for" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_another_controlnet(arguments, tmp_path):
+    controlnet = make_pipeline().controlnet
+    torch.nn.init.constant_(controlnet.conv_in.bias, 0.5)
+    controlnet.save_pretrained(tmp_path / "controlnet")
+    load_script("assemble_phantom_model").main([*arguments, "--controlnet", str(tmp_path / "controlnet")])
+    bias = MaisiCTPipeline.from_pretrained(tmp_path / "model").controlnet.conv_in.bias
+    assert (bias == 0.5).all()
+
+
 def test_a_folder_that_is_no_model_is_not_replaced(arguments, tmp_path):
     with pytest.raises(ValueError, match="holds no model: choose another --output_dir"):
         load_script("assemble_phantom_model").main([*arguments, "--output_dir", str(tmp_path)])
