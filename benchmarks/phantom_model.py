@@ -184,7 +184,7 @@ def print_tissues(cases: list[dict], unconditioned: list[dict]) -> None:
 
 
 def measure_sizes(pipe: MaisiCTPipeline, name: str) -> np.ndarray:
-    """Sizes in label maps (asked sizes, maps of each)."""
+    """Sizes in label maps (asked sizes, maps of each); -1 where there is none of it."""
     measured = np.zeros((len(ASKED_SIZES), MAPS_OF_A_SIZE))
     for seed, (i, j) in enumerate(tqdm(list(np.ndindex(measured.shape)), desc=f"Label maps with {name}")):
         sizes = [(name, float(ASKED_SIZES[i]))]
