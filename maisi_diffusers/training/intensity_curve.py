@@ -124,8 +124,9 @@ def set_curve_and_air(
     resnet: MaisiVaeResnetBlock3D, curve: IntensityCurve, air: float, square: float, size: float, outputs: torch.Tensor
 ) -> None:
     """
-    [`set_curve`], and a voxel gets darker by what it and its 26 neighbours are below air, on average and times 1.5. Where
-    all is air, noise so ends where intensities are clipped; away from air nothing changes, beside it little.
+    [`set_curve`], and a voxel gets darker by what it and its 26 neighbours are below air, on average and times
+    `AIR_TAKEN`. Where all is air, noise so ends where intensities are clipped; away from air nothing changes, beside it
+    little.
 
     Args:
         resnet, curve, square, size, outputs: see [`set_curve`].
