@@ -125,8 +125,8 @@ def set_curve_and_air(
 ) -> None:
     """
     [`set_curve`], and a voxel gets darker by what it and its 26 neighbours are below air, on average and times
-    `AIR_TAKEN`. Where all is air, noise so ends where intensities are clipped; away from air nothing changes, beside it
-    little.
+    `AIR_TAKEN`. Where all is air, noise so ends where intensities are clipped; away from air nothing changes, and
+    beside it little.
 
     Args:
         resnet, curve, square, size, outputs: see [`set_curve`].
