@@ -13,6 +13,12 @@ import pytest  # noqa: E402
 REAL_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: one that came last would keep one process busy, and the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def real_file(name: str) -> Path:
     path = REAL_DATA / name
     if not path.is_file():

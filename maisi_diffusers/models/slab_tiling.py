@@ -38,6 +38,8 @@ from .vae_blocks_maisi import (
 # Slabs at once, in float32, which statistics are made in: what is read, padded and convolved, the residual, deviations
 # from the mean, and what the convolution itself takes. Measured.
 SLABS_AT_ONCE = 6
+# Of them, in the dtype of features, beside the most of these that are ever kept: less than elsewhere. Measured.
+SLABS_BESIDE_MOST = 4
 NEIGHBOURS = 2  # planes on both sides that come with a slab
 LEAST = 0.75  # what thin slabs really take of that: large planes are convolved in parts
 
@@ -322,26 +324,31 @@ def widest_slabs(steps: list[nn.Module], size: tuple[int, int, int]) -> int:
     return (CPU_PLANES + NEIGHBOURS) * widest
 
 
-def slab_memory(decoder: MaisiDecoder3D, size: tuple[int, int, int], keeps_finest: bool) -> tuple[int, int]:
+def slab_memory(
+    decoder: MaisiDecoder3D, size: tuple[int, int, int], keeps_finest: bool, dtype: torch.dtype
+) -> tuple[int, int]:
     """
-    What decoding in slabs takes on the CPU: values of features that are kept, and bytes of slabs, at least.
+    What decoding in slabs takes on the CPU: bytes of features that are kept, and of slabs; at least, if the finest
+    level is not kept.
 
     Args:
         decoder: the decoder.
         size: of the latent.
         keeps_finest: see [`SlabTiling`].
+        dtype: of its weights.
     """
     scale = 2 ** (len(decoder.blocks) - 1)
     voxels = scale**2 * math.prod(size[1:])
     norms = [*norms_of(decoder.blocks[-1].resnets), decoder.conv_norm_out]
     channels = max(norm.num_channels for norm in norms)
     if keeps_finest:
-        steps, remembered_channels = layers_of(decoder.blocks), 0
+        steps = layers_of(decoder.blocks)
         planes = min(planes_in_cache(channels, voxels, torch.device("cpu")), scale * size[0])
+        plane = SLABS_BESIDE_MOST * channels * voxels * dtype.itemsize
     else:
-        steps, remembered_channels = layers_of(decoder.blocks[:-1])[:-1], sum(norm.num_channels for norm in norms)
-        planes = 1
-    return kept_values(steps, size), (planes + NEIGHBOURS) * bytes_of_slabs(channels, remembered_channels, voxels)
+        steps, planes = layers_of(decoder.blocks[:-1])[:-1], 1
+        plane = bytes_of_slabs(channels, sum(norm.num_channels for norm in norms), voxels)
+    return kept_values(steps, size) * dtype.itemsize, (planes + NEIGHBOURS) * plane
 
 
 def bytes_of_slabs(channels: int, remembered_channels: int, voxels: int) -> int:

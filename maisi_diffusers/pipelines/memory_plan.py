@@ -91,9 +91,9 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
             with LivingTensors() as living:
                 mask_unet(mask_latents, torch.empty(1), encoder_hidden_states=sizes)
             stages["mask step"] = living.highest
-            kept, slabs = slab_memory(pipe.mask_vae.decoder, pipe.config.mask_latent_size, keeps_finest=True)
+            decode = sum(slab_memory(pipe.mask_vae.decoder, pipe.config.mask_latent_size, True, dtype))
             voxels = math.prod(pipe.mask_vae.spatial_compression_ratio * n for n in pipe.config.mask_latent_size)
-            stages["mask decode"] = kept * dtype.itemsize + slabs + voxels * torch.int16.itemsize
+            stages["mask decode"] = decode + voxels * torch.int16.itemsize
         vae, unet, controlnet = networks["vae"], networks["unet"], networks.get("controlnet")
         latents = torch.empty(1, unet.config.in_channels, *latent_size, dtype=dtype)
         conditions = {"timestep": torch.empty(1)}
@@ -120,7 +120,7 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
             vae.decode(latents)
         stages["decode off"] = living.highest
     for name, keeps_finest in (("exact", True), ("lean", False)):
-        kept, slabs = slab_memory(pipe.vae.decoder, latent_size, keeps_finest)
-        stages[f"kept {name}"] = kept * dtype.itemsize
-        stages[f"decode {name}"] = kept * dtype.itemsize + slabs + math.prod(size) * dtype.itemsize
+        kept, slabs = slab_memory(pipe.vae.decoder, latent_size, keeps_finest, dtype)
+        stages[f"kept {name}"] = kept
+        stages[f"decode {name}"] = kept + slabs + math.prod(size) * dtype.itemsize
     return stages

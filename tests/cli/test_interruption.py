@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ COMMAND = [sys.executable, "-m", "maisi_diffusers.cli", "generate"]
 
 
 def start(model: Path, mask: Path, out: Path, *options: str, **kwargs) -> subprocess.Popen:
+    """Such that it hears Ctrl-C, also where the tests themselves run in the background and do not."""
     return subprocess.Popen(
         [*COMMAND, "--model", model, "--mask", mask, "--output", out, *options],
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **kwargs},
     )
 
