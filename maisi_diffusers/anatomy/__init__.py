@@ -11,8 +11,9 @@ from .mask_entry import MaskEntry
 from .quality_check import QUALITY_THRESHOLDS, check_quality, describe_outliers
 from .regions import REGION_WORDS, REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
 from .size_conditions import check_sizes, complete_anatomy_size, read_size_conditions
-from .sizes import anatomy_sizes
+from .sizes import anatomy_sizes, volume_of_size
 from .totalsegmentator import TOTALSEGMENTATOR_CLASSES, TOTALSEGMENTATOR_TO_MAISI, totalsegmentator_to_maisi
+from .tumor_size import fit_tumor
 from .tumors import remove_tumors
 from .vocabulary import (
     BODY,
@@ -56,6 +57,7 @@ __all__ = [
     "clean_up",
     "complete_anatomy_size",
     "describe_outliers",
+    "fit_tumor",
     "label_bits",
     "label_colours",
     "label_index",
@@ -71,4 +73,5 @@ __all__ = [
     "regions_from_words",
     "remove_tumors",
     "totalsegmentator_to_maisi",
+    "volume_of_size",
 ]

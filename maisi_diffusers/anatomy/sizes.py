@@ -29,3 +29,15 @@ def anatomy_sizes(labels: np.ndarray, spacing: Sequence[float], ranges: Mapping[
         size = float(np.clip((np.cbrt(ml[LABELS[name]]) - low) / (high - low), 0, 1))
         sizes.append(round(size, 4) if voxels[LABELS[name]] else ABSENT)
     return sizes
+
+
+def volume_of_size(size: float, limits: Sequence[float]) -> float:
+    """
+    The volume in ml that has a size in [`anatomy_sizes`].
+
+    Args:
+        size: 0 to 1.
+        limits: the volumes in ml that are size 0 and size 1.
+    """
+    low, high = np.cbrt(limits)
+    return float((low + size * (high - low)) ** 3)

@@ -11,7 +11,16 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..anatomy import CONTROLLABLE_ANATOMY, LABELS, MASK_VAE_LABELS, TUMORS, anatomy_sizes, clean_up
+from ..anatomy import (
+    CONTROLLABLE_ANATOMY,
+    LABELS,
+    MASK_VAE_LABELS,
+    TUMORS,
+    anatomy_sizes,
+    clean_up,
+    fit_tumor,
+    volume_of_size,
+)
 from ..anatomy.size_conditions import ABSENT
 from ..imaging import labels_to_nifti, spacing_affine
 from ..models import AutoencoderKLMaisi, MaisiUNet3DConditionModel
@@ -156,33 +165,44 @@ class MaisiMaskPipeline(DiffusionPipeline):
         latents = (latents / self.mask_vae.config.scaling_factor).to(self.mask_vae.dtype)
         return table[self.mask_vae.decode_classes(latents).long()]
 
-    def finish(self, mask: np.ndarray, sizes: list[float], is_cleaned: bool) -> tuple[np.ndarray, dict]:
+    def finish(
+        self, mask: np.ndarray, sizes: list[float], is_cleaned: bool, generator: torch.Generator | None = None
+    ) -> tuple[np.ndarray, dict]:
         """
-        Clean a label map up, and say what it has become.
+        Clean a label map up, bring its tumor to the size asked for where the model says how sizes are measured, and
+        say what it has become.
 
         Args:
             mask: uint8 (X, Y, Z) as it was decoded.
             sizes: of [`CONTROLLABLE_ANATOMY`], as they were asked for.
             is_cleaned: or leave it as it is.
+            generator: draws the place of a tumor that the networks left out.
 
         Returns:
             the label map, and its report, see [`MaisiMaskPipelineOutput`].
         """
         asked = {name: size for name, size in zip(CONTROLLABLE_ANATOMY, sizes) if size != ABSENT}
-        done = None
+        spacing, ranges = self.config.mask_spacing, self.config.mask_size_ranges
+        voxel = math.prod(spacing) / 1000
+        done = drawn = None
+        tumor = next((name for name in asked if LABELS[name] in TUMORS), None)
         if is_cleaned:
-            tumor = next((LABELS[name] for name in asked if LABELS[name] in TUMORS), None)
-            mask, done = clean_up(mask, tumor)
-        spacing = self.config.mask_spacing
+            mask, done = clean_up(mask, LABELS.get(tumor))
+            if tumor is not None and ranges is not None:
+                drawn = np.count_nonzero(mask == LABELS[tumor]) * voxel
+                ml = volume_of_size(asked[tumor], ranges[tumor])
+                mask = fit_tumor(mask, LABELS[tumor], ml, spacing, generator)
         reached = None
-        if self.config.mask_size_ranges is not None:
-            reached = dict(zip(CONTROLLABLE_ANATOMY, anatomy_sizes(mask, spacing, self.config.mask_size_ranges)))
+        if ranges is not None:
+            reached = dict(zip(CONTROLLABLE_ANATOMY, anatomy_sizes(mask, spacing, ranges)))
         anatomy = {}
         for name, size in asked.items():
-            ml = np.count_nonzero(mask == LABELS[name]) * math.prod(spacing) / 1000
+            ml = np.count_nonzero(mask == LABELS[name]) * voxel
             anatomy[name] = {"asked": size, "ml": round(float(ml), 2)}
             if reached is not None:
                 anatomy[name]["reached"] = reached[name]
+        if drawn is not None:
+            anatomy[tumor]["drawn_ml"] = round(float(drawn), 2)
         return mask, {"anatomy": anatomy, "clean_up": None if done is None else asdict(done)}
 
     @torch.no_grad()
@@ -207,7 +227,9 @@ class MaisiMaskPipeline(DiffusionPipeline):
             anatomy_size: the whole vector of 10 sizes instead.
             num_images: label maps to make.
             num_inference_steps: the model's own number if not given.
-            clean_up: put right what a generated label map gets wrong, see [`~maisi_diffusers.anatomy.clean_up`].
+            clean_up: put right what a generated label map gets wrong, see [`~maisi_diffusers.anatomy.clean_up`], and
+                bring the tumor to the size asked for, see [`~maisi_diffusers.anatomy.fit_tumor`], if the model has
+                `mask_size_ranges`.
             generator: one, or one a label map, for the same result again.
             latents (N, C, X, Y, Z): the initial noise instead of drawing it.
             output_type: `"nifti"`, `"np"`, `"pt"` or `"latent"`.
@@ -269,7 +291,8 @@ class MaisiMaskPipeline(DiffusionPipeline):
             masks = latents
         else:
             masks = self.decode(latents)[:, 0].cpu().numpy()
-            masks, reports = zip(*(self.finish(mask, sizes, clean_up) for mask in masks))
+            generators = generator if isinstance(generator, list) else [generator] * num_images
+            masks, reports = zip(*(self.finish(mask, sizes, clean_up, one) for mask, one in zip(masks, generators)))
             for i, report in enumerate(reports):
                 missing = [name for name, one in report["anatomy"].items() if not one["ml"]]
                 if missing:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from maisi_diffusers import MaisiCTPipeline, MaisiMaskPipeline, MaisiRFlowScheduler
-from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, MASK_VAE_LABELS, clean_up
+from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, MASK_VAE_LABELS, clean_up, fit_tumor
 from tests.tiny import SPACING, make_pipeline, seeded
 
 SIZES = [0.5, 0.6, -1.0, 0.3, 0.4, -1.0, -1.0, 0.2, -1.0, -1.0]
@@ -84,14 +84,41 @@ def test_clean_up_and_report(monkeypatch, labels, output_type):
     masks = [np.asarray(mask.dataobj if output_type == "nifti" else mask).squeeze() for mask in out.masks]
     assert len(masks) == len(out.reports) == 2
     clean, report = clean_up(labels, LABELS["hepatic tumor"])
-    assert all(mask.dtype == np.uint8 and np.array_equal(mask, clean) for mask in masks)
+    fitted = fit_tumor(clean, LABELS["hepatic tumor"], 1.9**3, pipe.config.mask_spacing)
+    assert all(mask.dtype == np.uint8 and np.array_equal(mask, fitted) for mask in masks)
     assert out.reports[0]["clean_up"] == asdict(report) and report.organ_pieces == {LABELS["liver"]: 8}
     voxel = 6 * 6 * 4 / 1000
     anatomy = out.reports[0]["anatomy"]
-    assert anatomy["hepatic tumor"] == {"asked": 0.3, "ml": pytest.approx(8 * voxel, abs=0.01), "reached": 0.0161}
-    assert anatomy["liver"]["ml"] == pytest.approx(208 * voxel, abs=0.01)
+    drawn = pytest.approx(8 * voxel, abs=0.01)
+    tumor = {"asked": 0.3, "ml": pytest.approx(48 * voxel, abs=0.01), "reached": pytest.approx(0.3, abs=0.01)}
+    assert anatomy["hepatic tumor"] == {**tumor, "drawn_ml": drawn}
+    assert anatomy["liver"]["ml"] == pytest.approx(168 * voxel, abs=0.01)
     assert anatomy["stomach"] == {"asked": 0.5, "ml": 0.0, "reached": -1.0}
     json.dumps(out.reports)
+
+
+def test_a_tumor_that_was_not_drawn(monkeypatch, labels):
+    """Is where its generator says, one for each label map or one for all."""
+    labels[labels == LABELS["hepatic tumor"]] = LABELS["liver"]
+    ranges = dict.fromkeys(CONTROLLABLE_ANATOMY, [0.1, 8.0])
+    pipe = make_mask_pipeline("rflow", mask_size_ranges=ranges, mask_num_inference_steps=1)
+    decodes(monkeypatch, pipe, labels)
+    sizes = [("hepatic tumor", 0.1)]
+    out = pipe(sizes, num_images=3, generator=[seeded(0), seeded(1), seeded(0)], output_type="np")
+    tumors = out.masks == LABELS["hepatic tumor"]
+    assert tumors.any((1, 2, 3)).all() and np.array_equal(tumors[0], tumors[2])
+    assert not np.array_equal(tumors[0], tumors[1])
+    assert out.reports[0]["anatomy"]["hepatic tumor"]["drawn_ml"] == 0
+    assert np.array_equal(pipe(sizes, generator=seeded(0), output_type="np").masks[0], out.masks[0])
+
+
+def test_sizes_that_are_not_known(monkeypatch, labels):
+    """Of a model that does not say how sizes are measured, tumors are as drawn."""
+    pipe = make_mask_pipeline("rflow", mask_num_inference_steps=1)
+    decodes(monkeypatch, pipe, labels)
+    out = pipe([("hepatic tumor", 0.9)], generator=seeded(), output_type="np")
+    assert np.array_equal(out.masks[0], clean_up(labels, LABELS["hepatic tumor"])[0])
+    assert out.reports[0]["anatomy"]["hepatic tumor"].keys() == {"asked", "ml"}
 
 
 def test_a_tumor_not_asked_for_goes(monkeypatch, labels):

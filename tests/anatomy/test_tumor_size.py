@@ -1,0 +1,106 @@
+"""A tumor brought to the volume that was asked for."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from maisi_diffusers.anatomy import LABELS, TUMORS, fit_tumor, remove_tumors
+from maisi_diffusers.anatomy.tumor_size import LARGEST_SHARE
+from maisi_diffusers.phantom import make_phantom, names_of_tumors
+from tests.tiny import seeded
+
+SPACING = (4.0, 4.0, 4.0)
+TUMOR, LIVER, KIDNEY = LABELS["hepatic tumor"], LABELS["liver"], LABELS["right kidney"]
+
+
+def ml_of(labels, label, spacing=SPACING):
+    return np.count_nonzero(labels == label) * np.prod(spacing) / 1000
+
+
+@pytest.fixture(scope="module", params=names_of_tumors())
+def phantom(request):
+    made = make_phantom(0, ("chest", "abdomen"), (96, 72, 128), SPACING, tumor=request.param, tumor_diameter=30)
+    return LABELS[request.param], np.asarray(made.labels.dataobj)
+
+
+@pytest.mark.parametrize("ml", [0.5, 3.0, 14.0, 25.0])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_volume_and_place(phantom, ml, is_there):
+    """It has the volume asked for, in its organ, and where there was none too; and nothing else has changed."""
+    tumor, labels = phantom
+    if not is_there:
+        labels = remove_tumors(labels, SPACING, {tumor: TUMORS[tumor]})
+    before = labels.copy()
+    fitted = fit_tumor(labels, tumor, ml, SPACING, seeded())
+    assert np.array_equal(labels, before) and fitted.dtype == np.uint8
+    assert ml_of(fitted, tumor) == pytest.approx(ml, abs=np.prod(SPACING) / 2000)
+    changed = fitted != labels
+    assert set(labels[changed]) | set(fitted[changed]) <= {tumor, *TUMORS[tumor]}
+    if is_there:
+        assert ((fitted == tumor) & (labels == tumor)).sum() == min((fitted == tumor).sum(), (labels == tumor).sum())
+        assert np.array_equal(fit_tumor(labels, tumor, ml, SPACING, seeded(1)), fitted)  # nothing is drawn
+    else:
+        _, pieces = ndimage.label(fitted == tumor, np.ones((3, 3, 3)))
+        assert pieces == 1 or len(TUMORS[tumor]) > 1 or tumor == LABELS["colon cancer primaries"]
+        assert np.array_equal(fit_tumor(labels, tumor, ml, SPACING, seeded()), fitted)
+
+
+def liver_of(shape=(40, 40, 40)):
+    labels = np.full(shape, 200, dtype=np.uint8)
+    labels[2:-2, 2:-2, 2:-2] = LIVER
+    return labels
+
+
+def test_grows_as_a_ball_in_mm():
+    spacing = (1.0, 2.0, 4.0)
+    labels = liver_of((64, 40, 30))
+    labels[32, 20, 15] = TUMOR
+    where = np.argwhere(fit_tumor(labels, TUMOR, 4.19, spacing) == TUMOR) * spacing
+    assert np.ptp(where, axis=0) == pytest.approx([20, 20, 20], abs=4.1)
+    assert np.linalg.norm(where - np.array([32, 20, 15]) * spacing, axis=1).max() <= 10.5
+
+
+def test_shrinks_to_its_middle():
+    labels = liver_of()
+    labels[10:21, 10:21, 10:21] = TUMOR
+    (middle,) = np.argwhere(fit_tumor(labels, TUMOR, 0.001, (1.0, 1.0, 1.0)) == TUMOR)
+    assert middle.tolist() == [15, 15, 15]
+
+
+def test_other_organs_and_cysts_stay():
+    labels = liver_of()
+    labels[20:, :, :] = KIDNEY
+    labels[30, 30, 30] = cyst = LABELS["right kidney cyst"]
+    labels[19, 20, 20] = TUMOR
+    fitted = fit_tumor(labels, TUMOR, 2.0, (1.0, 1.0, 1.0))
+    assert np.array_equal(fitted[20:], labels[20:]) and (fitted == cyst).sum() == 1
+    assert (fitted == TUMOR).sum() == 2000
+
+
+def test_no_more_than_its_organ_bears():
+    labels = liver_of((20, 20, 20))
+    fitted = fit_tumor(labels, TUMOR, 1000.0, (1.0, 1.0, 1.0), seeded())
+    assert (fitted == TUMOR).sum() == int(LARGEST_SHARE * 16**3)
+
+
+def test_without_an_organ():
+    labels = np.full((8, 8, 8), 200, dtype=np.uint8)
+    assert np.array_equal(fit_tumor(labels, TUMOR, 1.0, SPACING), labels)
+
+
+def test_a_tumor_that_is_not_there_has_room():
+    """It is not at the rim of its organ, and not in the same place each time."""
+    labels = liver_of()
+    middles = []
+    for seed in range(5):
+        where = np.argwhere(fit_tumor(labels, TUMOR, 4.19, (1.0, 1.0, 1.0), seeded(seed)) == TUMOR)
+        assert np.ptp(where, axis=0) == pytest.approx([20, 20, 20], abs=2)
+        middles.append(tuple(where.mean(0).round()))
+    assert len(set(middles)) == 5
+
+
+def test_a_class_of_ones_own():
+    labels = liver_of()
+    fitted = fit_tumor(labels, 129, 1.0, (1.0, 1.0, 1.0), torch.Generator().manual_seed(0), {129: (LIVER,)})
+    assert (fitted == 129).sum() == 1000
