@@ -5,6 +5,7 @@ from .bits import label_bits
 from .body import add_body_label
 from .clean_up import CleanUpReport, clean_up
 from .colours import label_colours, legend_names
+from .crumbs import remove_crumbs
 from .label_map import load_label_map
 from .mask_database import FoundMask, MaisiMaskDatabase
 from .mask_entry import MaskEntry
@@ -71,6 +72,7 @@ __all__ = [
     "region_of_word",
     "regions_from_labels",
     "regions_from_words",
+    "remove_crumbs",
     "remove_tumors",
     "totalsegmentator_to_maisi",
     "volume_of_size",

@@ -16,6 +16,7 @@ from .tumors import remove_tumors
 from .vocabulary import TUMORS
 
 LARGEST_SHARE = 0.8  # of an organ: the rest of it stays
+STRAY = 0.1  # of the volume asked for
 DEEP = 0.9  # of the greatest depth there is: an organ too thin for a tumor has it about its middle
 
 
@@ -29,14 +30,15 @@ def fit_tumor(
 ) -> np.ndarray:
     """
     Bring a tumor to a volume: it grows evenly into its organ, or shrinks evenly, and its organ is where it was. One
-    that is not there grows about a voxel of its organ as deep in it as the tumor is to be.
+    that is not there, or of less than a tenth of the volume, which is no more than a stray, grows about a voxel of its
+    organ as deep in it as the tumor is to be.
 
     Args:
         labels: uint8 (X, Y, Z) in MAISI's vocabulary; stays as it is.
         tumor: its label.
         ml: its volume afterwards, but for at most 0.8 of the organ and itself.
         spacing: mm along X, Y, Z.
-        generator: draws the place of a tumor that is not there.
+        generator: draws that voxel.
         tumors: tumor -> the labels it can sit in; a fine-tuned model may have more.
 
     Returns:
@@ -48,7 +50,8 @@ def fit_tumor(
     if not room.any():
         return labels.copy()
     voxels = np.clip(round(ml * 1000 / np.prod(spacing)), 1, max(int(LARGEST_SHARE * room.sum()), 1))
-    if not is_tumor.any():
+    if np.count_nonzero(is_tumor) < STRAY * voxels:
+        is_tumor[:] = False
         is_tumor[draw_place(room, ml, spacing, generator)] = True
     # Voxels in the order in which they belong to it: those inside by their depth, then the others by their distance.
     inside, outside = np.argwhere(is_tumor), np.argwhere(room & ~is_tumor)

@@ -19,6 +19,7 @@ from ..anatomy import (
     anatomy_sizes,
     clean_up,
     fit_tumor,
+    remove_crumbs,
     volume_of_size,
 )
 from ..anatomy.size_conditions import ABSENT
@@ -184,9 +185,10 @@ class MaisiMaskPipeline(DiffusionPipeline):
         asked = {name: size for name, size in zip(CONTROLLABLE_ANATOMY, sizes) if size != ABSENT}
         spacing, ranges = self.config.mask_spacing, self.config.mask_size_ranges
         voxel = math.prod(spacing) / 1000
-        done = drawn = None
+        done = crumbs = drawn = None
         tumor = next((name for name in asked if LABELS[name] in TUMORS), None)
         if is_cleaned:
+            mask, crumbs = remove_crumbs(mask)
             mask, done = clean_up(mask, LABELS.get(tumor))
             if tumor is not None and ranges is not None:
                 drawn = np.count_nonzero(mask == LABELS[tumor]) * voxel
@@ -203,7 +205,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
                 anatomy[name]["reached"] = reached[name]
         if drawn is not None:
             anatomy[tumor]["drawn_ml"] = round(float(drawn), 2)
-        return mask, {"anatomy": anatomy, "clean_up": None if done is None else asdict(done)}
+        return mask, {"anatomy": anatomy, "clean_up": None if done is None else {"crumbs": crumbs, **asdict(done)}}
 
     @torch.no_grad()
     def __call__(
@@ -227,9 +229,9 @@ class MaisiMaskPipeline(DiffusionPipeline):
             anatomy_size: the whole vector of 10 sizes instead.
             num_images: label maps to make.
             num_inference_steps: the model's own number if not given.
-            clean_up: put right what a generated label map gets wrong, see [`~maisi_diffusers.anatomy.clean_up`], and
-                bring the tumor to the size asked for, see [`~maisi_diffusers.anatomy.fit_tumor`], if the model has
-                `mask_size_ranges`.
+            clean_up: put right what a generated label map gets wrong, see [`~maisi_diffusers.anatomy.remove_crumbs`]
+                and [`~maisi_diffusers.anatomy.clean_up`], and bring the tumor to the size asked for, see
+                [`~maisi_diffusers.anatomy.fit_tumor`], if the model has `mask_size_ranges`.
             generator: one, or one a label map, for the same result again.
             latents (N, C, X, Y, Z): the initial noise instead of drawing it.
             output_type: `"nifti"`, `"np"`, `"pt"` or `"latent"`.

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..anatomy import MASK_VAE_LABELS, label_bits
+from ..anatomy import DUMMIES, MASK_VAE_LABELS, label_bits
 from ..models import AutoencoderKLMaisi
 from .intensity_curve import knots_back, set_curve, set_curve_and_air, window_curve
 from .latents import encodes_labels
@@ -16,6 +16,7 @@ LOG_VARIANCE = -12.0
 GRID = 2001
 # Of a mask VAE: by how much a label's logit falls with the squared distance of the bits from its own.
 SHARPNESS = 8.0
+UNSEEN = 5.0  # by how much lower those of labels begin that stand for nothing yet
 
 
 def halve(features: torch.Tensor) -> torch.Tensor:
@@ -161,6 +162,7 @@ def make_linear(
         bits = label_bits(torch.tensor(MASK_VAE_LABELS).view(1, 1, -1, 1, 1))[0].flatten(1).T
         says = 2 * SHARPNESS * bits
         constants = says @ means - SHARPNESS * bits.square().sum(1)
+        constants[[MASK_VAE_LABELS.index(i) for i in DUMMIES if i in MASK_VAE_LABELS]] -= UNSEEN
     decoder_end = last_decoder.conv_shortcut, vae.decoder.conv_norm_out, vae.decoder.conv_out
     through_norm(*decoder_end, spreads, says, size)
     vae.decoder.conv_out.bias += constants

@@ -52,13 +52,15 @@ def liver_of(shape=(40, 40, 40)):
     return labels
 
 
-def test_grows_as_a_ball_in_mm():
-    spacing = (1.0, 2.0, 4.0)
+def test_grows_evenly_in_mm():
+    spacing = np.array([1.0, 2.0, 4.0])
     labels = liver_of((64, 40, 30))
-    labels[32, 20, 15] = TUMOR
-    where = np.argwhere(fit_tumor(labels, TUMOR, 4.19, spacing) == TUMOR) * spacing
-    assert np.ptp(where, axis=0) == pytest.approx([20, 20, 20], abs=4.1)
-    assert np.linalg.norm(where - np.array([32, 20, 15]) * spacing, axis=1).max() <= 10.5
+    labels[29:36, 19:22, 14:17] = TUMOR
+    fitted = fit_tumor(labels, TUMOR, 4.19, tuple(spacing))
+    before, after = (np.ptp(np.argwhere(one == TUMOR), axis=0) * spacing for one in (labels, fitted))
+    grown = (after - before) / 2
+    assert grown.max() > 5 and (grown > grown.max() - spacing).all()
+    assert (fitted == TUMOR).sum() == round(4190 / 8)
 
 
 def test_shrinks_to_its_middle():
@@ -72,7 +74,7 @@ def test_other_organs_and_cysts_stay():
     labels = liver_of()
     labels[20:, :, :] = KIDNEY
     labels[30, 30, 30] = cyst = LABELS["right kidney cyst"]
-    labels[19, 20, 20] = TUMOR
+    labels[14:20, 17:23, 17:23] = TUMOR
     fitted = fit_tumor(labels, TUMOR, 2.0, (1.0, 1.0, 1.0))
     assert np.array_equal(fitted[20:], labels[20:]) and (fitted == cyst).sum() == 1
     assert (fitted == TUMOR).sum() == 2000
@@ -104,3 +106,11 @@ def test_a_class_of_ones_own():
     labels = liver_of()
     fitted = fit_tumor(labels, 129, 1.0, (1.0, 1.0, 1.0), torch.Generator().manual_seed(0), {129: (LIVER,)})
     assert (fitted == 129).sum() == 1000
+
+
+def test_strays_are_not_where_it_grows():
+    labels = liver_of()
+    labels[2, 2, 2:12] = TUMOR
+    fitted = fit_tumor(labels, TUMOR, 4.19, (1.0, 1.0, 1.0), seeded())
+    assert (fitted == TUMOR).sum() == 4190 and not (fitted[labels == TUMOR] == TUMOR).any()
+    assert (fit_tumor(labels, TUMOR, 0.1, (1.0, 1.0, 1.0), seeded())[labels == TUMOR] == TUMOR).all()

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from maisi_diffusers import MaisiCTPipeline, MaisiMaskPipeline, MaisiRFlowScheduler
-from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, MASK_VAE_LABELS, clean_up, fit_tumor
+from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, MASK_VAE_LABELS, clean_up, fit_tumor, remove_crumbs
 from tests.tiny import SPACING, make_pipeline, seeded
 
 SIZES = [0.5, 0.6, -1.0, 0.3, 0.4, -1.0, -1.0, 0.2, -1.0, -1.0]
@@ -64,12 +64,12 @@ def decodes(monkeypatch, pipe, labels):
 
 @pytest.fixture
 def labels():
-    """A body with a liver, a tumor in it, and a stray piece of each."""
+    """A body with a liver, a tumor in it, and a stray piece of each, that of the tumor a crumb."""
     labels = np.zeros((16, 16, 24), dtype=np.uint8)
     labels[1:15, 1:15, 1:23] = 200
     labels[3:9, 3:9, 3:9] = LABELS["liver"]
-    labels[5:7, 5:7, 5:7] = LABELS["hepatic tumor"]
-    labels[12:14, 12:14, 12:14] = LABELS["liver"]
+    labels[5:8, 5:8, 5:8] = LABELS["hepatic tumor"]
+    labels[12:14, 12:14, 12:15] = LABELS["liver"]
     labels[12, 12, 20] = LABELS["hepatic tumor"]
     return labels
 
@@ -83,13 +83,15 @@ def test_clean_up_and_report(monkeypatch, labels, output_type):
     out = pipe(sizes, num_images=2, generator=seeded(), output_type=output_type)
     masks = [np.asarray(mask.dataobj if output_type == "nifti" else mask).squeeze() for mask in out.masks]
     assert len(masks) == len(out.reports) == 2
-    clean, report = clean_up(labels, LABELS["hepatic tumor"])
+    without, crumbs = remove_crumbs(labels)
+    clean, report = clean_up(without, LABELS["hepatic tumor"])
     fitted = fit_tumor(clean, LABELS["hepatic tumor"], 1.9**3, pipe.config.mask_spacing)
     assert all(mask.dtype == np.uint8 and np.array_equal(mask, fitted) for mask in masks)
-    assert out.reports[0]["clean_up"] == asdict(report) and report.organ_pieces == {LABELS["liver"]: 8}
+    assert out.reports[0]["clean_up"] == {"crumbs": crumbs, **asdict(report)}
+    assert crumbs == 1 and report.organ_pieces == {LABELS["liver"]: 12}
     voxel = 6 * 6 * 4 / 1000
     anatomy = out.reports[0]["anatomy"]
-    drawn = pytest.approx(8 * voxel, abs=0.01)
+    drawn = pytest.approx(27 * voxel, abs=0.01)
     tumor = {"asked": 0.3, "ml": pytest.approx(48 * voxel, abs=0.01), "reached": pytest.approx(0.3, abs=0.01)}
     assert anatomy["hepatic tumor"] == {**tumor, "drawn_ml": drawn}
     assert anatomy["liver"]["ml"] == pytest.approx(168 * voxel, abs=0.01)
@@ -117,7 +119,7 @@ def test_sizes_that_are_not_known(monkeypatch, labels):
     pipe = make_mask_pipeline("rflow", mask_num_inference_steps=1)
     decodes(monkeypatch, pipe, labels)
     out = pipe([("hepatic tumor", 0.9)], generator=seeded(), output_type="np")
-    assert np.array_equal(out.masks[0], clean_up(labels, LABELS["hepatic tumor"])[0])
+    assert np.array_equal(out.masks[0], clean_up(remove_crumbs(labels)[0], LABELS["hepatic tumor"])[0])
     assert out.reports[0]["anatomy"]["hepatic tumor"].keys() == {"asked", "ml"}
 
 
