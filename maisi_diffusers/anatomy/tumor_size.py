@@ -5,8 +5,10 @@ few of many thousand voxels, which training hardly notices. So its place is left
 brought to the one asked for. The published system does not do this.
 """
 
+import math
 from collections.abc import Mapping
 
+import cc3d
 import numpy as np
 import torch
 from scipy import ndimage
@@ -29,9 +31,9 @@ def fit_tumor(
     tumors: Mapping[int, tuple[int, ...]] = TUMORS,
 ) -> np.ndarray:
     """
-    Bring a tumor to a volume: it grows evenly into its organ, or shrinks evenly, and its organ is where it was. One
-    that is not there, or of less than a tenth of the volume, which is no more than a stray, grows about a voxel of its
-    organ as deep in it as the tumor is to be.
+    Bring a tumor to a volume: it grows evenly into its organ, or shrinks evenly, and its organ is where it was. Pieces
+    of less than a tenth of the volume are strays, and go. If there are no others, it grows about a voxel of its organ
+    that is as deep in it as the tumor is to be.
 
     Args:
         labels: uint8 (X, Y, Z) in MAISI's vocabulary; stays as it is.
@@ -50,8 +52,8 @@ def fit_tumor(
     if not room.any():
         return labels.copy()
     voxels = np.clip(round(ml * 1000 / np.prod(spacing)), 1, max(int(LARGEST_SHARE * room.sum()), 1))
-    if np.count_nonzero(is_tumor) < STRAY * voxels:
-        is_tumor[:] = False
+    is_tumor = cc3d.dust(is_tumor, threshold=math.ceil(STRAY * voxels), connectivity=26).astype(bool)
+    if not is_tumor.any():
         is_tumor[draw_place(room, ml, spacing, generator)] = True
     # Voxels in the order in which they belong to it: those inside by their depth, then the others by their distance.
     inside, outside = np.argwhere(is_tumor), np.argwhere(room & ~is_tumor)
