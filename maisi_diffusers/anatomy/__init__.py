@@ -12,7 +12,7 @@ from .mask_entry import MaskEntry
 from .quality_check import QUALITY_THRESHOLDS, check_quality, describe_outliers
 from .regions import REGION_WORDS, REGIONS, one_hot, region_of_word, regions_from_labels, regions_from_words
 from .size_conditions import check_sizes, complete_anatomy_size, read_size_conditions
-from .sizes import anatomy_sizes, volume_of_size
+from .sizes import anatomy_sizes, size_of_volume, volume_of_size
 from .totalsegmentator import TOTALSEGMENTATOR_CLASSES, TOTALSEGMENTATOR_TO_MAISI, totalsegmentator_to_maisi
 from .tumor_size import fit_tumor
 from .tumors import remove_tumors
@@ -74,6 +74,7 @@ __all__ = [
     "regions_from_words",
     "remove_crumbs",
     "remove_tumors",
+    "size_of_volume",
     "totalsegmentator_to_maisi",
     "volume_of_size",
 ]

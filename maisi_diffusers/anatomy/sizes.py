@@ -15,25 +15,35 @@ def anatomy_sizes(labels: np.ndarray, spacing: Sequence[float], ranges: Mapping[
     Args:
         labels: (X, Y, Z) in MAISI's vocabulary.
         spacing: mm along X, Y, Z.
-        ranges: name -> volumes in ml that are size 0 and size 1. Between them the size grows with the cube root of the
-            volume; volumes beyond are 0 and 1.
+        ranges: name -> volumes in ml that are size 0 and size 1, see [`size_of_volume`].
 
     Returns:
         10 numbers, 0 to 1, or -1 for what is not there.
     """
     voxels = np.bincount(labels.ravel(), minlength=256)
     ml = voxels * float(np.prod(spacing)) / 1000
-    sizes = []
-    for name in CONTROLLABLE_ANATOMY:
-        low, high = np.cbrt(ranges[name])
-        size = float(np.clip((np.cbrt(ml[LABELS[name]]) - low) / (high - low), 0, 1))
-        sizes.append(round(size, 4) if voxels[LABELS[name]] else ABSENT)
-    return sizes
+    return [
+        round(size_of_volume(ml[LABELS[name]], ranges[name]), 4) if voxels[LABELS[name]] else ABSENT
+        for name in CONTROLLABLE_ANATOMY
+    ]
+
+
+def size_of_volume(ml: float, limits: Sequence[float]) -> float:
+    """
+    The size, 0 to 1, of a volume.
+
+    Args:
+        ml: the volume.
+        limits: the volumes in ml that are size 0 and size 1. Between them the size grows with the cube root of the
+            volume; volumes beyond are 0 and 1.
+    """
+    low, high = np.cbrt(limits)
+    return float(np.clip((np.cbrt(ml) - low) / (high - low), 0, 1))
 
 
 def volume_of_size(size: float, limits: Sequence[float]) -> float:
     """
-    The volume in ml that has a size in [`anatomy_sizes`].
+    The volume in ml of a size, see [`size_of_volume`].
 
     Args:
         size: 0 to 1.

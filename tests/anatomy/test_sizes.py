@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, anatomy_sizes
+from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, anatomy_sizes, size_of_volume, volume_of_size
 from maisi_diffusers.phantom import SIZE_RANGES
 
 SPACING = (3.0, 3.0, 3.0)
@@ -43,3 +43,14 @@ def test_size_is_linear_in_the_diameter_of_a_tumor():
         for d in diameters
     ]
     np.testing.assert_allclose(sizes, (diameters - 10) / 50, atol=0.005)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.3, 1.0])
+def test_volumes_and_sizes(size):
+    limits = (4.0, 60.0)
+    ml = volume_of_size(size, limits)
+    assert limits[0] <= ml <= limits[1] + 1e-9 and size_of_volume(ml, limits) == pytest.approx(size)
+
+
+def test_volumes_beyond():
+    assert (size_of_volume(0.0, (4.0, 60.0)), size_of_volume(99.0, (4.0, 60.0))) == (0.0, 1.0)
