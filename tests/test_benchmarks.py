@@ -54,6 +54,7 @@ def test_page(tmp_path):
 def test_page_without_the_first_variant(tmp_path):
     """Others are compared with the next, and what is promised beside it is left out."""
     results = made_up()
+    del results["networks"]  # of which the plan of the memory takes long
     results["tiling"]["measured"]["48"]["float32 off"] = {}
     results["whole"]["measured"]["MONAI"] = results["large"]["measured"]["bfloat16 exact 6GiB, 2 steps"] = {}
     page.write_page(results, tmp_path)
@@ -82,8 +83,7 @@ serve({}, torch.device("cpu"), lambda result: {{"told": result}})
         "bad": ["-c", code.format("lambda: os._exit(9)")],
         "never": ["-c", "raise SystemExit(1)"],
     }
-    for repeats in (0, 1):
-        results = turns.take_turns(commands, repeats)
-        assert results["good"]["told"] == 1 and results["good"]["seconds"] < 1
-        assert results["bad"] == results["never"] == {}
+    results = turns.take_turns(commands, repeats=1)
+    assert results["good"]["told"] == 1 and results["good"]["seconds"] < 1
+    assert results["bad"] == results["never"] == {}
     assert "bad has failed" in capfd.readouterr().err
