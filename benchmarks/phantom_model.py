@@ -15,7 +15,7 @@ It prints three tables, in Markdown:
    outside with one of the five.
 3. Sizes. Label maps with a liver, and with a hepatic tumor, of sizes from 0 to 1, three of each size; the means of
    what is measured in them, and rank correlations with what was asked for: of these means, and of all label maps. A
-   tumor is also measured as the networks draw it, before it is brought to the size asked for.
+   tumor is also measured as drawn: what the clean-up leaves of it, before it is brought to the size asked for.
 """
 
 import argparse
@@ -217,14 +217,15 @@ def print_sizes(pipe: MaisiCTPipeline) -> dict[str, list]:
 
 
 def measure_sizes(pipe: MaisiCTPipeline, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes in label maps (asked sizes, maps of each), 0 where there is none of it; and as the networks draw it."""
+    """Sizes in label maps (asked sizes, maps of each), 0 where there is none of it; and before a tumor was fitted."""
     reached, drawn = np.zeros((2, len(ASKED_SIZES), MAPS_OF_A_SIZE))
     for seed, (i, j) in enumerate(tqdm(list(np.ndindex(reached.shape)), desc=f"Label maps with {name}")):
         sizes = [(name, float(ASKED_SIZES[i]))]
         _, (report,) = pipe.generate_masks(sizes, None, 1, generator(seed), SIZE, (SPACING,) * 3)
         anatomy = report["anatomy"][name]
-        reached[i, j] = max(anatomy["reached"], 0)
-        drawn[i, j] = size_of_volume(anatomy.get("drawn_ml", anatomy["ml"]), SIZE_RANGES[name])
+        reached[i, j], drawn[i, j] = (
+            size_of_volume(ml, SIZE_RANGES[name]) for ml in (anatomy["ml"], anatomy.get("drawn_ml", anatomy["ml"]))
+        )
     return reached, drawn
 
 
@@ -242,10 +243,11 @@ def main() -> None:
         unconditioned.append(tissue_shares(image))
     seeds = range(FIRST_SEED + args.num_phantoms, FIRST_SEED + args.num_phantoms + args.num_compared)
     shares = map_in_processes(tissue_shares_of_phantom, seeds, os.cpu_count())
-    print_tissues(cases, unconditioned, list(tqdm(shares, total=len(seeds), desc="Phantoms")))
+    others = list(tqdm(shares, total=len(seeds), desc="Phantoms"))
+    print_tissues(cases, unconditioned, others)
     sizes = print_sizes(pipe)
     if args.output is not None:
-        figures = {"cases": cases, "image_only": unconditioned, "sizes": sizes}
+        figures = {"cases": cases, "image_only": unconditioned, "other_phantoms": others, "sizes": sizes}
         args.output.write_text(json.dumps(figures, indent=2))
 
 

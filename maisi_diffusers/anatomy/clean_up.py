@@ -12,6 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from .closing import close
+from .pieces import largest_piece
 from .tumors import remove_tumors
 from .vocabulary import BODY, LABELS, LUNG_LOBES, TUMORS, label_index
 
@@ -218,10 +219,3 @@ def find_boxes(labels: np.ndarray, wanted: Iterable[int], margin: int = 0) -> di
         for label in wanted
         if label <= len(boxes) and boxes[label - 1] is not None
     }
-
-
-def largest_piece(mask: np.ndarray) -> np.ndarray:
-    """The largest piece of a mask, whose voxels share a side, an edge or a corner."""
-    # cc3d 4.1.1 fails at some masks that have one voxel along an axis.
-    thicker = np.pad(mask, [(0, int(n == 1)) for n in mask.shape])
-    return (cc3d.largest_k(thicker, k=1, connectivity=26) > 0)[tuple(slice(n) for n in mask.shape)]

@@ -14,11 +14,11 @@ import torch
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from .pieces import large_pieces
 from .tumors import remove_tumors
 from .vocabulary import TUMORS
 
 LARGEST_SHARE = 0.8  # of an organ: the rest of it stays
-STRAY = 0.1  # of the volume asked for
 DEEP = 0.9  # of the greatest depth there is: an organ too thin for a tumor has it about its middle
 
 
@@ -29,11 +29,13 @@ def fit_tumor(
     spacing: tuple[float, float, float],
     generator: torch.Generator | None = None,
     tumors: Mapping[int, tuple[int, ...]] = TUMORS,
+    stray: float = 0.0,
 ) -> np.ndarray:
     """
-    Bring a tumor to a volume: it grows evenly into its organ, or shrinks evenly, and its organ is where it was. Pieces
-    of less than a tenth of the volume are strays, and go. If there are no others, it grows about a voxel of its organ
-    that is as deep in it as the tumor is to be.
+    Bring a tumor to a volume: it grows evenly into the organ around it, or shrinks evenly, and its organ is where it
+    was. If there is none, it grows about a voxel of its organ that is as deep in it as the tumor is to be.
+
+    An organ that is thin can come apart where a tumor grows in it, and so can a tumor where it is thin and shrinks.
 
     Args:
         labels: uint8 (X, Y, Z) in MAISI's vocabulary; stays as it is.
@@ -42,27 +44,53 @@ def fit_tumor(
         spacing: mm along X, Y, Z.
         generator: draws that voxel.
         tumors: tumor -> the labels it can sit in; a fine-tuned model may have more.
+        stray: pieces of less than this share of `ml` become organ before; a network's strays are not to grow.
 
     Returns:
-        the label map; as it was where the tumor has no organ.
+        the label map; as it was if the tumor has no organ there.
+
+    Raises:
+        ValueError: for a label that is no tumor, and a volume that is not above 0.
     """
+    if tumor not in tumors:
+        raise ValueError(f"tumor={tumor} is no tumor: give one of {', '.join(map(str, tumors))}")
+    if not 0 < ml < np.inf:
+        raise ValueError(f"ml={ml} is no volume: give a number above 0")
+    if not np.isin(labels, tumors[tumor]).any():
+        return labels.copy()
     is_tumor = labels == tumor
     fitted = np.where(is_tumor, remove_tumors(labels, spacing, {tumor: tumors[tumor]}), labels)  # cysts stay
     room = np.isin(fitted, tumors[tumor])
-    if not room.any():
-        return labels.copy()
-    voxels = np.clip(round(ml * 1000 / np.prod(spacing)), 1, max(int(LARGEST_SHARE * room.sum()), 1))
-    is_tumor = cc3d.dust(is_tumor, threshold=math.ceil(STRAY * voxels), connectivity=26).astype(bool)
+    wanted = ml * 1000 / math.prod(spacing)
+    is_tumor = large_pieces(is_tumor, math.ceil(stray * wanted))
     if not is_tumor.any():
         is_tumor[draw_place(room, ml, spacing, generator)] = True
-    # Voxels in the order in which they belong to it: those inside by their depth, then the others by their distance.
-    inside, outside = np.argwhere(is_tumor), np.argwhere(room & ~is_tumor)
-    surface = np.argwhere(is_tumor & ~ndimage.binary_erosion(is_tumor))
-    distances, _ = KDTree(surface * spacing).query(outside * spacing)
-    depths = depth(is_tumor, spacing)[is_tumor]
-    order = np.concatenate([-depths, distances]).argsort(kind="stable")[:voxels]
-    fitted[tuple(np.concatenate([inside, outside])[order].T)] = tumor
+    pieces = cc3d.connected_components(room, connectivity=26)
+    room = np.isin(pieces, np.setdiff1d(pieces[is_tumor], 0))  # those it touches, so that it does not leap over gaps
+    voxels = min(max(round(wanted), 1), max(int(LARGEST_SHARE * room.sum()), 1))
+    inside = np.argwhere(is_tumor)
+    if voxels <= len(inside):
+        deepest_first = depth(is_tumor, spacing)[is_tumor].argsort(kind="stable")[::-1]
+        added = inside[deepest_first[:voxels]]
+    else:
+        added = np.concatenate([inside, nearest(is_tumor, room & ~is_tumor, voxels - len(inside), spacing)])
+    fitted[tuple(added.T)] = tumor
     return fitted
+
+
+def nearest(is_tumor: np.ndarray, room: np.ndarray, number: int, spacing: tuple[float, float, float]) -> np.ndarray:
+    """So many places (number, 3) in a room that are nearest to a tumor."""
+    surface = KDTree(np.argwhere(is_tumor & ~ndimage.binary_erosion(is_tumor)) * spacing)
+    (own,) = ndimage.find_objects(is_tumor.astype(np.uint8))
+    reach = (number * math.prod(spacing)) ** (1 / 3)  # mm; an organ is many times as large
+    while True:
+        start = [max(s.start - math.ceil(reach / mm), 0) for s, mm in zip(own, spacing)]
+        box = tuple(slice(low, s.stop + math.ceil(reach / mm)) for low, s, mm in zip(start, own, spacing))
+        places = np.argwhere(room[box]) + start
+        distances, _ = surface.query(places * spacing, distance_upper_bound=reach)
+        if np.isfinite(distances).sum() >= number:
+            return places[distances.argsort(kind="stable")[:number]]
+        reach *= 2
 
 
 def draw_place(

@@ -31,6 +31,7 @@ from .denoising import check_sampling, denoise, prediction_type_of, prepare_late
 from .pipeline_output import MaisiMaskPipelineOutput
 
 RFLOW_STEPS = 30
+STRAY = 0.1  # of the volume of a tumor: a smaller piece is none
 
 
 def anatomy_size_vector(
@@ -193,7 +194,7 @@ class MaisiMaskPipeline(DiffusionPipeline):
             if tumor is not None and ranges is not None:
                 drawn = np.count_nonzero(mask == LABELS[tumor]) * voxel
                 ml = volume_of_size(asked[tumor], ranges[tumor])
-                mask = fit_tumor(mask, LABELS[tumor], ml, spacing, generator)
+                mask = fit_tumor(mask, LABELS[tumor], ml, spacing, generator, stray=STRAY)
         reached = None
         if ranges is not None:
             reached = dict(zip(CONTROLLABLE_ANATOMY, anatomy_sizes(mask, spacing, ranges)))

@@ -48,6 +48,10 @@ def test_stages(version):
     assert single["weights"] == weights == 2 * half["weights"]
     feature = 16 * 32 * 16 * 24 * 4
     assert single["kept exact"] == 2 * feature == 2 * half["kept exact"]
+    # Beside them are four slabs of all planes, which are few, and their neighbours; and the image.
+    slabs, image = 4 * 16 * 34 * 16 * 24 * 4, 32 * 16 * 24 * 4
+    assert single["decode exact"] == single["kept exact"] + slabs + image == 2 * half["decode exact"]
+    assert single["mask decode"] > half["mask decode"] > single["mask decode"] / 2
     assert 2 * half["decode off"] == single["decode off"] > 3 * feature
     assert single["embedding"] > half["embedding"] > 8 * 32 * 16 * 24
     assert next(pipe.unet.parameters()).device.type == "cpu" and next(pipe.unet.parameters()).dtype == torch.float32
