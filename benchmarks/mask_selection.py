@@ -30,7 +30,7 @@ from maisi_diffusers.phantom import make_phantom
 
 PHANTOM_SIZE = 64  # voxels along each axis, before it is enlarged
 FIELD_OF_VIEW = 480.0  # mm
-TUMORS = ("hepatic tumor", "pancreatic tumor", "colon cancer primaries")
+TUMORS = ("hepatic tumor", "pancreatic tumor", "colon cancer primaries", "lung tumor", "bone lesion")
 
 
 def parse_args() -> argparse.Namespace:
