@@ -11,23 +11,23 @@ maisi-ct convert path/to/checkpoint maisi-ddpm-ct --version ddpm-ct --dtype floa
 """
 
 import argparse
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from diffusers import ModelMixin
 from huggingface_hub import create_repo, upload_folder
-from safetensors import SafetensorError
 
 from ..files import publish
 from ..loaders import VERSIONS
 from ..pipelines import MaisiCTPipeline
 from .devices import DTYPES
+from .scripts import ScriptParser, run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, or a list of arguments instead."""
-    parser = argparse.ArgumentParser(
+    parser = ScriptParser(
         prog="maisi-ct convert",
         description="Convert a published MAISI checkpoint into a diffusers repository of safetensors and JSON.",
     )
@@ -48,9 +48,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def convert(args: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace) -> dict:
     """
     Read, write into a temporary folder beside the output, rename: the output is there as a whole or not at all.
+
+    Returns:
+        what there is to tell of it to a program.
 
     Raises:
         OSError: a source that is not there, an output that cannot be written, a Hub that cannot be reached.
@@ -77,12 +80,18 @@ def convert(args: argparse.Namespace) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         publish(repository, output)
 
-    components = {name: component for name, component in pipe.components.items() if component is not None}
-    for name, component in components.items():
-        networks = f", {component.num_parameters():,} parameters" if isinstance(component, ModelMixin) else ""
+    components = {}
+    for name, component in pipe.components.items():
+        if component is None:
+            continue
+        components[name] = {"class": type(component).__name__}
+        if isinstance(component, ModelMixin):
+            components[name]["parameters"] = component.num_parameters()
+        networks = "".join(f", {count:,} parameters" for count in list(components[name].values())[1:])
         print(f"{name}: {type(component).__name__}{networks}")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"wrote {args.output}: {len(components)} components in {args.dtype}, {size / 1e6:,.1f} MB")
+    told = {"output": str(args.output), "components": components, "dtype": args.dtype, "bytes": size}
 
     if args.push_to_hub:
         try:
@@ -91,11 +100,11 @@ def convert(args: argparse.Namespace) -> None:
         except Exception as error:  # of the network, the Hub or the login: none touches what was written
             raise OSError(f"{args.output} is complete, but not uploaded to {args.push_to_hub}: {error}") from error
         print(f"uploaded to {commit.commit_url}")
+        told["uploaded_to"] = str(commit.commit_url)
+    return told
 
 
 def main(argv: list[str] | None = None) -> None:
     """Convert, or say in one line on stderr why not and exit with code 1."""
-    try:
-        convert(parse_args(argv))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    args = parse_args(argv)
+    run(partial(convert, args), args.as_json)

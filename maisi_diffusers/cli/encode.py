@@ -18,19 +18,17 @@ without (accelerate's `--cpu` starts a single one).
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from ..loaders import VERSIONS
 from ..models import TILINGS
 from ..training.encode_dataset import DTYPES, POSTERIORS, encode
+from .scripts import ScriptParser, of_cases, run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, or a list of arguments instead."""
-    parser = argparse.ArgumentParser(
+    parser = ScriptParser(
         prog="maisi-ct encode", description="Encode volumes or label maps to the latents of a data list."
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -77,9 +75,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Encode, or say in one line on stderr what failed and exit with code 1."""
     args = parse_args(argv)
-    try:
-        count, failed = encode(args)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    if failed:
-        sys.exit(f"error: {len(failed)} of {count} cases failed and are not in the list: {', '.join(failed)}")
+    run(lambda: of_cases(args.output_dir / "latents.json", *encode(args)), args.as_json)

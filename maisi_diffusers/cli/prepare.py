@@ -18,20 +18,19 @@ was interrupted. `scripts/prepare_dataset.py` is the same command: under `torchr
 """
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
 
 from ..training.make_dataset import check, prepare
 from ..training.processes import TIMEOUT
+from .scripts import ScriptParser, of_cases, run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, or a list of arguments instead."""
-    parser = argparse.ArgumentParser(
-        prog="maisi-ct prepare", description="Make a data set to train on, or check a data list."
-    )
+    parser = ScriptParser(prog="maisi-ct prepare", description="Make a data set to train on, or check a data list.")
     parser.add_argument(
         "--images", type=Path, help="folder of volumes, <case>.nii.gz, with or without nnU-Net's _0000"
     )
@@ -76,23 +75,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def prepare_or_check(args: argparse.Namespace) -> dict:
+    """Make the data set, or check a list; gives what there is to tell of it to a program."""
+    state = PartialState(cpu=True, timeout=TIMEOUT)
+    if args.check is None:
+        told = of_cases(args.output_dir / "dataset.json", *prepare(args, state))
+    else:
+        count, problems = check(args.check, state)
+        told = {"data_list": str(args.check), "cases": count, "problems": problems}
+        if problems:
+            told["error"] = f"{args.check} has {len(problems)} problems"
+        if state.is_main_process:
+            print("\n".join(problems) or f"{count} cases, nothing wrong")
+    state.destroy_process_group()
+    return told if state.is_main_process else {}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prepare or check; exit with code 1 if anything is wrong, and say what: of a list on stdout, else on stderr."""
     args = parse_args(argv)
-    state = PartialState(cpu=True, timeout=TIMEOUT)
-    failed, problems = [], []
-    try:
-        if args.check is None:
-            count, failed = prepare(args, state)
-        else:
-            count, problems = check(args.check, state)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    state.destroy_process_group()
-    if not state.is_main_process:
-        return
-    if failed:
-        sys.exit(f"error: {len(failed)} of {count} cases failed and are not in the list: {', '.join(failed)}")
-    if args.check is not None:
-        print("\n".join(problems) or f"{count} cases, nothing wrong")
-        sys.exit(1 if problems else 0)
+    run(partial(prepare_or_check, args), args.as_json)

@@ -1,5 +1,6 @@
 """`maisi-ct convert`: a diffusers repository as a whole, or one line about why not."""
 
+import json
 import os
 import resource
 import subprocess
@@ -186,6 +187,24 @@ def test_nothing_is_left_of_a_write_that_fails(published, output):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "large" in message
     assert os.listdir(output.parent) == []
+
+
+def test_for_programs(published, output, expected, capsys):
+    convert(published, output, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert (told["output"], told["dtype"]) == (str(output), "float32")
+    assert told["bytes"] == sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    assert told["components"]["unet"] == {
+        "class": "MaisiUNet3DConditionModel",
+        "parameters": expected.unet.num_parameters(),
+    }
+    assert told["components"]["scheduler"] == {"class": "MaisiRFlowScheduler"}
+
+    with pytest.raises(SystemExit) as exit_:
+        convert(published, output, "--json")
+    assert exit_.value.code == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["exit_code"] == 1 and told["error"].startswith(f"{output} exists")
 
 
 def test_push_to_hub(published, output, monkeypatch, capsys):

@@ -152,6 +152,17 @@ def test_files_and_list(encoded, real_data):
     )
 
 
+def test_for_programs(encode, data, output, capsys):
+    first = next(iter(PARTS))
+    (data / f"{first}.nii.gz").write_text("no image")
+    with pytest.raises(SystemExit) as exit_:
+        encode(data, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert exit_.value.code == told["exit_code"] == 1
+    assert (told["data_list"], told["cases"]) == (str(output / "latents.json"), len(PARTS))
+    assert told["failed"] == [first] and first in told["error"]
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_latent_is_the_posterior_of_the_volume(encoded, real_data, pipe, name):
     volume = to_ras(load_volume(real_data / f"{name}.nii.gz"))

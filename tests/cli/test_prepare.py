@@ -61,9 +61,12 @@ def error_of(given):
 def check(path, capsys):
     """Exit code and lines of `--check`."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
+    code = 0
+    try:
         main(["--check", str(path)])
-    return exit_.value.code, capsys.readouterr().out.splitlines()
+    except SystemExit as exit_:  # with a message, of which Python makes 1
+        code = 1 if exit_.code == f"error: {path} has {exit_.code.split()[-2]} problems" else exit_.code
+    return code, capsys.readouterr().out.splitlines()
 
 
 def files_of(folder):
@@ -512,6 +515,38 @@ def test_two_processes_write_the_same_bytes(data):
     assert done.stderr.count(f"b: '{data / 'segmentations' / 'b.nii.gz'}' cannot be read as NIfTI") == 1
     assert sum(line.startswith("wrote ") for line in done.stdout.splitlines()) == 1
     assert files_of(data / "two") == files_of(data / "out")
+
+
+def told_to_a_program(given, capsys):
+    """Exit code, and the object that is all there is on stdout."""
+    capsys.readouterr()
+    code = 0
+    try:
+        main([*given, "--json"])
+    except SystemExit as exit_:
+        code = exit_.code
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_for_programs(data, capsys):
+    path = data / "out" / "dataset.json"
+    told = {"data_list": str(path), "cases": 3, "failed": []}
+    assert told_to_a_program(arguments(data), capsys) == (0, told)
+    check_it = ["--check", str(path)]
+    assert told_to_a_program(check_it, capsys) == (0, {"data_list": str(path), "cases": 3, "problems": []})
+
+    (data / "out" / "labels" / "b.nii.gz").unlink()
+    code, told = told_to_a_program(check_it, capsys)
+    assert code == told["exit_code"] == 1 and told["error"] == f"{path} has 1 problems"
+    assert len(told["problems"]) == 1 and "label map" in told["problems"][0]
+    (data / "segmentations" / "b.nii.gz").write_text("no image")
+    code, told = told_to_a_program(arguments(data), capsys)
+    assert code == told["exit_code"] == 1 and (told["cases"], told["failed"]) == (3, ["b"])
+
+    code, told = told_to_a_program(["--check", str(data / "no.json")], capsys)
+    assert code == 1 and told.keys() == {"error", "exit_code"} and "no.json" in told["error"]
+    code, told = told_to_a_program([], capsys)
+    assert code == 2 and told == {"error": "argument --images is required, unless --check is given", "exit_code": 2}
 
 
 def test_as_a_command(data):
