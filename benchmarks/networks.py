@@ -23,7 +23,7 @@ import torch
 
 from maisi_diffusers import MaisiCTPipeline
 from maisi_diffusers.anatomy import label_bits
-from maisi_diffusers.models import TILINGS, slab_convolution, upsample_conv_maisi
+from maisi_diffusers.models import TILINGS, controlnet_maisi, slab_convolution, unet_3d_maisi, upsample_conv_maisi
 from tests.parity.monai_reference import PUBLISHED, build_networks, network_config, save_checkpoint
 
 from . import markdown
@@ -31,26 +31,42 @@ from .turns import serve, take_turns
 
 VERSION = "rflow-ct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Of a cube: edge of the latent in voxels; variants.
+# Of a cube: edge of the latent in voxels; how often each variant works; variants.
 WORK = {
-    "embedding": (32, ["MONAI", "float32 off", "bfloat16 off"]),
+    "embedding": (32, 6, ["MONAI", "float32 off", "bfloat16 off"]),
+    "doubling": (
+        32,
+        20,
+        ["MONAI", *(f"{dtype} off{without}" for dtype in DTYPES for without in ("", " without phases"))],
+    ),
     "step": (
         32,
-        ["MONAI", "float32 off", "bfloat16 off", "float32 off without embedding", "float32 off without phases"],
+        6,
+        ["MONAI", "float32 off", "bfloat16 off", "float32 off without embedding", "bfloat16 off without layout"],
     ),
     "decode": (
         24,
+        2,
         [
             *("MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off", "float32 exact 256MiB"),
             *("float32 auto without winograd", "bfloat16 auto without winograd"),
         ],
     ),
-    "encode": (24, ["MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off"]),
+    "encode": (24, 2, ["MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off"]),
 }
+
+
+def forget_layout() -> None:
+    """Leave the values of a channel side by side."""
+    for module in (unet_3d_maisi, controlnet_maisi):
+        module.lay_out = lambda sample: sample
+
+
 # What can be switched off, besides that a label map is embedded once for all steps.
 SWITCHES = {
     "winograd": lambda: slab_convolution.WINOGRAD_CHANNELS.clear(),
     "phases": lambda: setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", math.inf),
+    "layout": forget_layout,
 }
 
 
@@ -60,6 +76,9 @@ def make_inputs(work: str, size: int, dtype: torch.dtype, device: torch.device) 
     inputs = {"latents": torch.randn(1, 4, *[size] * 3, generator=generator).to(dtype)}
     if work == "encode":
         inputs["image"] = torch.rand(1, 1, *[4 * size] * 3, generator=generator).to(dtype)
+    if work == "doubling":  # what the UNet doubles last
+        inputs["features"] = torch.randn(1, 128, *[size // 2] * 3, generator=generator).to(dtype)
+        inputs["temb"] = torch.randn(1, 512, generator=generator).to(dtype)
     if work in ("embedding", "step"):
         inputs["labels"] = torch.randint(256, (1, *[4 * size] * 3), generator=generator, dtype=torch.uint8)
         inputs["spacing"] = torch.tensor([[150.0, 150.0, 200.0]], dtype=dtype)
@@ -73,6 +92,8 @@ def monai_work(work: str, size: int, device: torch.device) -> Callable[[], torch
     inputs = make_inputs(work, size, torch.float32, device)
     if work == "embedding":
         return lambda: networks["controlnet"].controlnet_cond_embedding(label_bits(inputs["labels"]))
+    if work == "doubling":
+        return lambda: networks["unet"].up_blocks[2].upsampler(inputs["features"], inputs["temb"])
     if work == "decode":
         return lambda: networks["vae"].decode(inputs["latents"])
     if work == "encode":
@@ -109,7 +130,9 @@ def our_work(work: str, size: int, variant: str, folder: Path, device: torch.dev
         return lambda: pipe.vae.decode(inputs["latents"]).sample
     if work == "encode":
         return lambda: pipe.vae.encode(inputs["image"]).latent_dist.mode()
-
+    if work == "doubling":
+        features = unet_3d_maisi.lay_out(inputs["features"])
+        return lambda: pipe.unet.up_blocks[2].upsamplers[0](features, inputs["temb"])
     if work == "embedding":
         return lambda: pipe.controlnet.embed_condition(label_bits(inputs["labels"], dtype=torch.uint8))
     embed = partial(pipe.controlnet.embed_condition, label_bits(inputs["labels"], dtype=torch.uint8))
@@ -158,7 +181,9 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", help='instead of those that are measured otherwise: "float32 exact 1GB"'
     )
-    parser.add_argument("--repeats", type=int, default=2, help="0 for each once, without warming up")
+    parser.add_argument(
+        "--repeats", type=int, help="instead of how often it is otherwise; 0 for once, without warming up"
+    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -166,9 +191,9 @@ def main() -> None:
         run_variant(args.serve, args.work[0], args.size, args.folder)
         return
     for work in args.work:
-        size, variants = WORK[work]
-        size = args.size or size
-        results = measure(work, size, args.variants or variants, args.repeats)
+        size, repeats, variants = WORK[work]
+        size, repeats = args.size or size, repeats if args.repeats is None else args.repeats
+        results = measure(work, size, args.variants or variants, repeats)
         print(f"\n{work}, latent {size}^3\n\n{table(results)}", flush=True)
 
 

@@ -26,15 +26,15 @@ from .page import write_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BOUNDS = ("2GiB", "1GiB", "512MiB")
-CPU_ALONE = ("without winograd", "without phases")
+CPU_ALONE = ("without winograd", "without phases", "without layout")
 
 
 def measure_networks() -> dict:
     measured = {}
-    for work, (size, variants) in networks.WORK.items():
+    for work, (size, repeats, variants) in networks.WORK.items():
         if torch.cuda.is_available():  # where convolutions are cuDNN's
             variants = [one for one in variants if not one.endswith(CPU_ALONE)]
-        measured[work] = networks.measure(work, size, variants, repeats=2)
+        measured[work] = networks.measure(work, size, variants, repeats)
     return measured
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # To add up the weights takes longer than it saves where there are fewer voxels than this for every channel.
-VOXELS_PER_CHANNEL = 1
+VOXELS_PER_CHANNEL = 16
 
 
 class MaisiUpsampleConv3d(nn.Conv3d):

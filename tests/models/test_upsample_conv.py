@@ -19,9 +19,9 @@ def plain(conv: MaisiUpsampleConv3d, hidden_states: torch.Tensor) -> torch.Tenso
     return F.conv3d(doubled(hidden_states), conv.weight, conv.bias, padding=1)
 
 
-# The last has fewer voxels than channels, so that the doubled grid is made.
+# The last has few voxels for its channels, so that the doubled grid is made.
 @pytest.mark.parametrize(
-    "channels, size", [((4, 6), (3, 4, 5)), ((1, 1), (1, 1, 1)), ((3, 2), (2, 7, 3)), ((9, 4), (2, 2, 2))]
+    "channels, size", [((2, 6), (3, 4, 5)), ((1, 1), (16, 1, 1)), ((2, 3), (2, 7, 3)), ((9, 4), (2, 2, 2))]
 )
 def test_equals_the_convolution_of_the_doubled_grid(channels, size):
     torch.manual_seed(0)
@@ -42,10 +42,10 @@ def test_the_doubled_grid_is_not_made_where_that_saves_work(monkeypatch):
     interpolate = F.interpolate
     monkeypatch.setattr(F, "interpolate", lambda x, **how: shapes.append(tuple(x.shape[2:])) or interpolate(x, **how))
     conv = MaisiUpsampleConv3d(8, 2, **KERNEL)
-    conv(torch.zeros(1, 8, 2, 2, 2), upsample=True)
+    conv(torch.zeros(1, 8, 4, 4, 8), upsample=True)
     assert not shapes
-    conv(torch.zeros(1, 8, 2, 2, 1), upsample=True)
-    assert shapes == [(2, 2, 1)]
+    conv(torch.zeros(1, 8, 4, 4, 7), upsample=True)
+    assert shapes == [(4, 4, 7)]
 
 
 def test_a_plain_convolution_without_upsampling():
