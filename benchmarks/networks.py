@@ -23,7 +23,8 @@ import torch
 
 from maisi_diffusers import MaisiCTPipeline
 from maisi_diffusers.anatomy import label_bits
-from maisi_diffusers.models import TILINGS, controlnet_maisi, slab_convolution, unet_3d_maisi, upsample_conv_maisi
+from maisi_diffusers.models import TILINGS, slab_convolution, upsample_conv_maisi
+from maisi_diffusers.models.modeling_maisi import MaisiModelMixin
 from tests.parity.monai_reference import PUBLISHED, build_networks, network_config, save_checkpoint
 
 from . import markdown
@@ -55,18 +56,11 @@ WORK = {
     "encode": (24, 2, ["MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off"]),
 }
 
-
-def forget_layout() -> None:
-    """Leave the values of a channel side by side."""
-    for module in (unet_3d_maisi, controlnet_maisi):
-        module.lay_out = lambda sample: sample
-
-
 # What can be switched off, besides that a label map is embedded once for all steps.
 SWITCHES = {
     "winograd": lambda: slab_convolution.WINOGRAD_CHANNELS.clear(),
     "phases": lambda: setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", math.inf),
-    "layout": forget_layout,
+    "layout": lambda: setattr(MaisiModelMixin, "lay_out", lambda network, device: None),
 }
 
 
@@ -123,6 +117,7 @@ def our_work(work: str, size: int, variant: str, folder: Path, device: torch.dev
     pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=DTYPES[dtype]).to(device)
     TILINGS[tiling](pipe.vae, *memory)
     for network in (pipe.vae, pipe.unet, pipe.controlnet):
+        network.lay_out(device)
         for weight in network.parameters():
             weight.sum()  # files are read when they are first touched
     inputs = make_inputs(work, size, DTYPES[dtype], device)
@@ -131,8 +126,7 @@ def our_work(work: str, size: int, variant: str, folder: Path, device: torch.dev
     if work == "encode":
         return lambda: pipe.vae.encode(inputs["image"]).latent_dist.mode()
     if work == "doubling":
-        features = unet_3d_maisi.lay_out(inputs["features"])
-        return lambda: pipe.unet.up_blocks[2].upsamplers[0](features, inputs["temb"])
+        return lambda: pipe.unet.up_blocks[2].upsamplers[0](inputs["features"], inputs["temb"])
     if work == "embedding":
         return lambda: pipe.controlnet.embed_condition(label_bits(inputs["labels"], dtype=torch.uint8))
     embed = partial(pipe.controlnet.embed_condition, label_bits(inputs["labels"], dtype=torch.uint8))

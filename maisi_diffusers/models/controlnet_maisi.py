@@ -15,14 +15,7 @@ from torch import nn
 
 from .embeddings_maisi import embed_time_and_class
 from .modeling_maisi import MaisiModelMixin
-from .unet_3d_blocks_maisi import (
-    MaisiBlock3D,
-    MaisiDownBlock3D,
-    MaisiMidBlock3D,
-    expand_to_levels,
-    lay_out,
-    level_attention,
-)
+from .unet_3d_blocks_maisi import MaisiBlock3D, MaisiDownBlock3D, MaisiMidBlock3D, expand_to_levels, level_attention
 from .unet_3d_maisi import MaisiUNet3DConditionModel
 
 # Planes along X that the condition is embedded for at a time, under gradient checkpointing; and at least.
@@ -305,7 +298,7 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
             controlnet_cond_embedding = self.controlnet_cond_embedding(controlnet_cond, sample.dtype)
 
         # 2. down
-        sample = self.conv_in(lay_out(sample)) + controlnet_cond_embedding
+        sample = self.conv_in(sample) + controlnet_cond_embedding
         down_block_res_samples = (sample,)
         for block in self.down_blocks:
             sample, res_samples = block(sample, emb)

@@ -24,17 +24,6 @@ class MaisiBlock3D(nn.Module):
         return step(*args)
 
 
-def lay_out(sample: torch.Tensor) -> torch.Tensor:
-    """
-    (N, C, X, Y, Z), on the CPU in 16 bits with the channels of a voxel side by side, and so all that is made of it.
-
-    oneDNN then orders no values anew and is 1.3 to 1.9 times as fast; in float32 it gains as often as it loses.
-    """
-    if sample.device.type == "cpu" and sample.dtype.itemsize == 2:
-        return sample.contiguous(memory_format=torch.channels_last_3d)
-    return sample
-
-
 def average_pool(hidden_states: torch.Tensor) -> torch.Tensor:
     """(N, C, X, Y, Z) -> (N, C, X/2, Y/2, Z/2)."""
     if hidden_states.device.type == "cpu":  # has no kernel for half precision, and none that keeps a memory format

@@ -18,7 +18,6 @@ from .unet_3d_blocks_maisi import (
     MaisiMidBlock3D,
     MaisiUpBlock3D,
     expand_to_levels,
-    lay_out,
     level_attention,
 )
 
@@ -208,7 +207,7 @@ class MaisiUNet3DConditionModel(MaisiModelMixin, AttentionMixin, ConfigMixin, Pe
         emb = self.get_embedding(sample, timestep, class_labels, spacing, top_region_index, bottom_region_index)
 
         # 2. down
-        sample = self.conv_in(lay_out(sample))
+        sample = self.conv_in(sample)
         skips = (sample,)
         for block in self.down_blocks:
             sample, res_samples = block(sample, emb, encoder_hidden_states)

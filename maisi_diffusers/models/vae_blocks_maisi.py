@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .unet_3d_blocks_maisi import MaisiBlock3D, lay_out
+from .unet_3d_blocks_maisi import MaisiBlock3D
 
 if TYPE_CHECKING:
     from .slab_tiling import SlabTiling
@@ -138,7 +138,7 @@ class MaisiEncoder3D(nn.Module):
         """(N, in_channels, X, Y, Z) -> (N, latent_channels, X/4, Y/4, Z/4) for three levels, in slabs by a tiling."""
         if tiling is not None:
             return torch.cat([tiling.encode(self, one) for one in sample.split(1)])
-        sample = self.conv_in(lay_out(sample))
+        sample = self.conv_in(sample)
         for block in self.down_blocks:
             sample = block(sample)
         return self.conv_out(self.conv_norm_out(sample))
@@ -189,7 +189,7 @@ class MaisiDecoder3D(nn.Module):
         if tiling is not None:
             finish = class_of_largest if return_classes else nn.Identity()
             return torch.cat([tiling.decode(self, one, finish) for one in sample.split(1)])
-        sample = self.conv_in(lay_out(sample))
+        sample = self.conv_in(sample)
         for block in self.up_blocks:
             sample = block(sample)
         sample = self.conv_norm_out(sample)

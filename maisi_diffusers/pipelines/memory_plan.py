@@ -4,6 +4,7 @@ import math
 import weakref
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,8 @@ class LivingTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {id(storage) for storage in storages((args, kwargs))}  # of which a result may be a view
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.native_group_norm.default:  # without values it forgets the memory format
+            result = (result[0].contiguous(memory_format=suggest_memory_format(args[0])), *result[1:])
         for storage in storages(result):
             if id(storage) not in given and storage not in self.counted:
                 self.counted.add(storage)
@@ -49,12 +52,14 @@ def storages(tree) -> list[torch.UntypedStorage]:
 
 
 def with_dtype(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A network like it, all of whose weights have a dtype."""
+    """A network like it, all of whose weights have a dtype, laid out for the CPU."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         # Without what diffusers notes beside it: it takes arguments that were given by position for left out.
-        return type(network).from_config({name: v for name, v in network.config.items() if not name.startswith("_")})
+        same = type(network).from_config({name: v for name, v in network.config.items() if not name.startswith("_")})
+        same.lay_out(torch.device("cpu"))
+        return same
     finally:
         torch.set_default_dtype(previous)
 

@@ -976,6 +976,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
 
         self.warn_of_unusual_fov(label_maps, body_region, modality, output_size, spacing)
         device = self._execution_device
+        for network in filter(None, (self.vae, self.unet, self.controlnet)):
+            network.lay_out(device)
         edit = repainted = None
         if repaint_labels is not None:
             indices = [label_index(one, self.vocabulary) for one in repaint_labels]

@@ -268,6 +268,8 @@ class MaisiMaskPipeline(DiffusionPipeline):
 
         # 2. Prepare noise, timesteps and condition
         device = self._execution_device
+        for network in (self.mask_unet, self.mask_vae):
+            network.lay_out(device)
         latents = prepare_latents(latent_shape, device, generator, latents)
         timesteps = set_timesteps(self.mask_scheduler, num_inference_steps, device, latents[0, 0].numel())
         dtype = self.mask_unet.dtype

@@ -52,7 +52,8 @@ def test_stages(version):
     slabs, image = 4 * 16 * 34 * 16 * 24 * 4, 32 * 16 * 24 * 4
     assert single["decode exact"] == single["kept exact"] + slabs + image == 2 * half["decode exact"]
     assert single["mask decode"] > half["mask decode"] > single["mask decode"] / 2
-    assert 2 * half["decode off"] == single["decode off"] > 3 * feature
+    # In 16 bits the channels lie side by side, and nothing is ordered anew.
+    assert single["decode off"] / 2 > half["decode off"] > 3 * feature / 2 and single["step"] / 2 > half["step"] > 0
     assert single["embedding"] > half["embedding"] > 8 * 32 * 16 * 24
     assert next(pipe.unet.parameters()).device.type == "cpu" and next(pipe.unet.parameters()).dtype == torch.float32
 

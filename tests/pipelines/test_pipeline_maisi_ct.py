@@ -252,6 +252,8 @@ def test_half_precision(dtype):
     full = pipe(mask=make_label_map(), generator=seeded(), output_type="latent").images
     half = pipe.to(dtype)(mask=make_label_map(), generator=seeded(), output_type="latent").images
     assert half.dtype == torch.float32  # the sampling stays in float32
+    layout = {"memory_format": torch.channels_last_3d}
+    assert all(one.conv_in.weight.is_contiguous(**layout) for one in (pipe.unet, pipe.controlnet, pipe.vae.decoder))
     tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     assert (half - full).abs().max() <= tolerance * full.abs().max()
     assert pipe(mask=make_label_map(), generator=seeded(), output_type="np").images.dtype == np.float32
