@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Freed memory is given back at once, so that what a process has is what it uses. This takes time.
+# Freed memory is given back at once, so that what a process has is what it uses. This takes up to twice the time.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -77,13 +77,13 @@ def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[s
     Args:
         commands: variant -> arguments of Python by which a process serves it.
         repeats: how often each works; before that once to warm up, and afterwards once with memory given back at once.
-            0 for work so long that none of this matters: it is done once, with memory given back at once, and one
-            variant ends before the next begins.
+            0 for work so long that it is done once, timed and weighed as it is, and one variant ends before the next
+            begins.
     """
     if repeats == 0:
         results = {}
         for variant, command in commands.items():
-            results |= _take_turns({variant: command}, 1, GIVE_BACK)
+            results |= _take_turns({variant: command}, 1, {})
         return {variant: of_variant[0] if of_variant else {} for variant, of_variant in results.items()}
     timed = _take_turns(commands, repeats + 1, {})
     weighed = _take_turns(commands, 2, GIVE_BACK)
