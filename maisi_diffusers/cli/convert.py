@@ -84,11 +84,12 @@ def convert(args: argparse.Namespace) -> dict:
     for name, component in pipe.components.items():
         if component is None:
             continue
+        line = f"{name}: {type(component).__name__}"
         components[name] = {"class": type(component).__name__}
         if isinstance(component, ModelMixin):
-            components[name]["parameters"] = component.num_parameters()
-        networks = "".join(f", {count:,} parameters" for count in list(components[name].values())[1:])
-        print(f"{name}: {type(component).__name__}{networks}")
+            components[name]["parameters"] = count = component.num_parameters()
+            line += f", {count:,} parameters"
+        print(line)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"wrote {args.output}: {len(components)} components in {args.dtype}, {size / 1e6:,.1f} MB")
     told = {"output": str(args.output), "components": components, "dtype": args.dtype, "bytes": size}

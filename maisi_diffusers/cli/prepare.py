@@ -92,6 +92,6 @@ def prepare_or_check(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prepare or check; exit with code 1 if anything is wrong, and say what: of a list on stdout, else on stderr."""
+    """Prepare or check; exit with code 1 if anything is wrong. What is wrong with a list is said on stdout."""
     args = parse_args(argv)
     run(partial(prepare_or_check, args), args.as_json)

@@ -36,7 +36,7 @@ class ScriptParser(argparse.ArgumentParser):
 
 def run(work: Callable[[], dict], as_json: bool) -> None:
     """
-    Do a command's work. Where it fails, say in one line on stderr why, and exit with code 1.
+    Do a command's work. Where it fails, say why in one line on stderr, or as JSON, and exit with code 1.
 
     Args:
         work: gives what there is to tell of it to a program; with an `"error"` if some of it failed.
