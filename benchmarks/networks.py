@@ -24,6 +24,7 @@ import torch
 from maisi_diffusers import MaisiCTPipeline
 from maisi_diffusers.anatomy import label_bits
 from maisi_diffusers.models import TILINGS, slab_convolution, upsample_conv_maisi
+from maisi_diffusers.models.conv_maisi import MaisiConv3d
 from maisi_diffusers.models.modeling_maisi import MaisiModelMixin
 from tests.parity.monai_reference import PUBLISHED, build_networks, network_config, save_checkpoint
 
@@ -43,7 +44,10 @@ WORK = {
     "step": (
         32,
         6,
-        ["MONAI", "float32 off", "bfloat16 off", "float32 off without embedding", "bfloat16 off without layout"],
+        [
+            *("MONAI", "float32 off", "bfloat16 off"),
+            *("float32 off without embedding", "float32 off without onednn", "bfloat16 off without layout"),
+        ],
     ),
     "decode": (
         24,
@@ -60,6 +64,7 @@ WORK = {
 SWITCHES = {
     "winograd": lambda: slab_convolution.WINOGRAD_CHANNELS.clear(),
     "phases": lambda: setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", math.inf),
+    "onednn": lambda: setattr(MaisiConv3d, "is_better_by_onednn", lambda conv, hidden_states: False),
     "layout": lambda: setattr(MaisiModelMixin, "lay_out", lambda network, device: None),
 }
 

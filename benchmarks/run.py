@@ -26,7 +26,7 @@ from .page import write_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BOUNDS = ("2GiB", "1GiB", "512MiB")
-CPU_ALONE = ("without winograd", "without phases", "without layout")
+CPU_ALONE = tuple(f"without {one}" for one in ("winograd", "phases", "onednn", "layout"))
 
 
 def measure_networks() -> dict:

@@ -13,6 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .conv_maisi import MaisiConv3d
 from .embeddings_maisi import embed_time_and_class
 from .modeling_maisi import MaisiModelMixin
 from .unet_3d_blocks_maisi import MaisiBlock3D, MaisiDownBlock3D, MaisiMidBlock3D, expand_to_levels, level_attention
@@ -162,7 +163,7 @@ class MaisiControlNetModel(MaisiModelMixin, AttentionMixin, ConfigMixin, PeftAda
         )
 
         # 2. down
-        self.conv_in = nn.Conv3d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
+        self.conv_in = MaisiConv3d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList(
             MaisiDownBlock3D(
                 in_channels=block_out_channels[max(i - 1, 0)],

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention_maisi import MaisiAttentionBlock3D, MaisiTransformer3D
+from .conv_maisi import MaisiConv3d
 from .upsample_conv_maisi import MaisiUpsampleConv3d, upsample_and_convolve
 
 
@@ -85,11 +86,11 @@ class MaisiResnetBlock3D(MaisiBlock3D):
         super().__init__()
         self.resample = resample
         self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
-        convolution = MaisiUpsampleConv3d if resample == "up" else nn.Conv3d
+        convolution = MaisiUpsampleConv3d if resample == "up" else MaisiConv3d
         self.conv1 = convolution(in_channels, out_channels, kernel_size=3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels)
         self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.conv2 = MaisiConv3d(out_channels, out_channels, kernel_size=3, padding=1)
         self.conv_shortcut = (
             nn.Conv3d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
         )

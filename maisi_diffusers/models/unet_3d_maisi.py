@@ -11,6 +11,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .conv_maisi import MaisiConv3d
 from .embeddings_maisi import embed_time_and_class
 from .modeling_maisi import MaisiModelMixin
 from .unet_3d_blocks_maisi import (
@@ -108,7 +109,7 @@ class MaisiUNet3DConditionModel(MaisiModelMixin, AttentionMixin, ConfigMixin, Pe
         temb_channels = time_embed_dim * (1 + 2 * use_region_index + use_spacing)
 
         # 2. down
-        self.conv_in = nn.Conv3d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
+        self.conv_in = MaisiConv3d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
         block = {
             "temb_channels": temb_channels,
             "norm_num_groups": norm_num_groups,
@@ -152,7 +153,7 @@ class MaisiUNet3DConditionModel(MaisiModelMixin, AttentionMixin, ConfigMixin, Pe
 
         # 5. out
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
-        self.conv_out = nn.Conv3d(block_out_channels[0], out_channels, kernel_size=3, padding=1)
+        self.conv_out = MaisiConv3d(block_out_channels[0], out_channels, kernel_size=3, padding=1)
 
     def get_embedding(
         self,
