@@ -56,7 +56,7 @@ def write_candidates(candidates: Path, masks: Path, num_processes: int = 1) -> N
         entries = {name: known[name] for name in names if name in known and in_place_since(masks / name) < written}
     new, problems, last = [name for name in names if name not in entries], [], time.monotonic()
     described = map_in_processes(partial(describe_label_map, masks), new, num_processes)
-    for name, described_or_problem in tqdm(described, total=len(new), desc="Label maps"):
+    for name, described_or_problem in tqdm(described, total=len(new), desc="Label maps", disable=not new):
         if isinstance(described_or_problem, MaskEntry):
             entries[name] = described_or_problem
         else:

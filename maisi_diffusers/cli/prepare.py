@@ -84,7 +84,7 @@ def prepare_or_check(args: argparse.Namespace) -> dict:
         count, problems = check(args.check, state)
         told = {"data_list": str(args.check), "cases": count, "problems": problems}
         if problems:
-            told["error"] = f"{args.check} has {len(problems)} problems"
+            told["error"] = f"{args.check} has {len(problems)} problem(s)"
         if state.is_main_process:
             print("\n".join(problems) or f"{count} cases, nothing wrong")
     state.destroy_process_group()

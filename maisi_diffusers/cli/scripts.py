@@ -63,7 +63,8 @@ def tell(told: dict, code: int) -> None:
 
 def of_cases(data_list: os.PathLike, count: int, failed: list[str]) -> dict:
     """What there is to tell of cases, some of which may have failed."""
-    told = {"data_list": str(data_list), "cases": count, "failed": failed}
+    is_written = len(failed) < count
+    told = {"data_list": str(data_list) if is_written else None, "cases": count, "failed": failed}
     if failed:
         told["error"] = f"{len(failed)} of {count} cases failed and are not in the list: {', '.join(failed)}"
     return told

@@ -202,7 +202,7 @@ def prepare(args: argparse.Namespace, state: PartialState) -> tuple[int, list[st
         state.wait_for_everyone()
         _, problems = check(path, state)
         if problems:
-            raise ValueError(f"{path} has {len(problems)} problems, the first is {problems[0]}: see --check {path}")
+            raise ValueError(f"{path} has {len(problems)} problem(s), the first is {problems[0]}: see --check {path}")
         if state.is_main_process:
             print(f"wrote {path}: {len(cases)} cases, checked, nothing wrong")
             summarize(data_list, [volumes for _, _, volumes in made])

@@ -65,7 +65,7 @@ def check(path, capsys):
     try:
         main(["--check", str(path)])
     except SystemExit as exit_:  # with a message, of which Python makes 1
-        code = 1 if exit_.code == f"error: {path} has {exit_.code.split()[-2]} problems" else exit_.code
+        code = 1 if exit_.code == f"error: {path} has {exit_.code.split()[-2]} problem(s)" else exit_.code
     return code, capsys.readouterr().out.splitlines()
 
 
@@ -537,11 +537,16 @@ def test_for_programs(data, capsys):
 
     (data / "out" / "labels" / "b.nii.gz").unlink()
     code, told = told_to_a_program(check_it, capsys)
-    assert code == told["exit_code"] == 1 and told["error"] == f"{path} has 1 problems"
+    assert code == told["exit_code"] == 1 and told["error"] == f"{path} has 1 problem(s)"
     assert len(told["problems"]) == 1 and "label map" in told["problems"][0]
     (data / "segmentations" / "b.nii.gz").write_text("no image")
     code, told = told_to_a_program(arguments(data), capsys)
     assert code == told["exit_code"] == 1 and (told["cases"], told["failed"]) == (3, ["b"])
+    for name in "ac":
+        (data / "segmentations" / f"{name}.nii.gz").write_text("no image")
+    path.unlink()
+    _, told = told_to_a_program(arguments(data), capsys)
+    assert told["data_list"] is None and told["failed"] == ["a", "b", "c"] and not path.exists()
 
     code, told = told_to_a_program(["--check", str(data / "no.json")], capsys)
     assert code == 1 and told.keys() == {"error", "exit_code"} and "no.json" in told["error"]
