@@ -11,6 +11,19 @@ from typing import Self
 import torch
 
 
+class Given:
+    """Features (1, C, X, Y, Z) that are there already, read as [`Activations`] are."""
+
+    remembered_channels = 0  # of planes beside a slab, while it is made
+
+    def __init__(self, x: torch.Tensor):
+        self.x, self.channels, self.size = x, x.shape[1], tuple(x.shape[2:])
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Planes start to stop, (1, C, stop - start, Y, Z), a view."""
+        return self.x[:, :, start:stop]
+
+
 class Activations:
     """
     Features (1, C, X, Y, Z) of which only a slab at a time is on the device that computes.
@@ -59,13 +72,6 @@ class Activations:
                         "which keeps a quarter of them",
                         str(where),
                     ) from None
-
-    @classmethod
-    def of(cls, x: torch.Tensor) -> Self:
-        """Of features (1, C, X, Y, Z) that are there already, kept where they are."""
-        activations = cls(x.shape[1], x.shape[2:], x.dtype, x.device, x.device)
-        activations.write(0, x)
-        return activations
 
     def like(self, channels: int, where: torch.device | str | os.PathLike) -> Self:
         """Room for others of the same size."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from .modeling_maisi import MaisiModelMixin
 from .slab_tiling import SlabTiling
-from .tiling_choice import choose_tiling, has_hooked_layers
+from .tiling_choice import choose_tiling, needs_its_layers_called
 from .unet_3d_blocks_maisi import expand_to_levels
 from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D
 
@@ -149,7 +149,7 @@ class AutoencoderKLMaisi(MaisiModelMixin, AutoencoderMixin, ConfigMixin, PeftAda
 
     def _tiling_of(self, network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> SlabTiling | None:
         if self.tiling != "auto":
-            if self.tiling is not None and has_hooked_layers(network):
+            if self.tiling is not None and needs_its_layers_called(network, x.device):
                 raise ValueError(
                     "slabs do not work with a VAE whose layers are offloaded or cast one by one: call "
                     "vae.enable_auto_tiling(), or offload whole models (pipe.enable_model_cpu_offload())"

@@ -26,6 +26,14 @@ class MaisiModelMixin(ModelMixin):
                 parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
         return loaded
 
+    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """As `nn.Module` has it, in torch's usual memory format: safetensors writes no other."""
+        state = super().state_dict(*args, **kwargs)
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 5:
+                state[name] = value.contiguous()
+        return state
+
     def lay_out(self, device: torch.device) -> None:
         """
         Put the weights in the memory format in which inference on a device is fastest; what is saved is the same.

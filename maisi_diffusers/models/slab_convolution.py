@@ -31,12 +31,13 @@ class SlabConvolution:
         self.is_plain = type(conv) is nn.Conv3d and not (
             conv._forward_pre_hooks or conv._forward_hooks or "forward" in vars(conv)
         )
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else conv.weight.dtype
         self.saves_products = (
             self.is_plain
             and conv.weight.device.type == "cpu"
-            and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS.get(conv.weight.itemsize, math.inf)
+            and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS.get(dtype.itemsize, math.inf)
         )
-        self.is_along_x = conv.weight.dtype != torch.float32
+        self.is_along_x = dtype != torch.float32
         if self.saves_products:
             transform = winograd.transform_weight_along_x if self.is_along_x else winograd.transform_weight
             self.weight = transform(conv.weight)

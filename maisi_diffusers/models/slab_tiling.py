@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch import nn
 
 from ..memory import scratch_folder, usable_memory
-from .activations import Activations
+from .activations import Activations, Given
 from .finest_level import FinestLevel, norms_of
 from .group_statistics import GroupStatistics
 from .shares import Shares
@@ -73,13 +73,14 @@ class SlabTiling:
         """What the encoder makes of one sample, (1, C, X, Y, Z)."""
         blocks, size = list(encoder.blocks), tuple(x.shape[2:])
         self.shares = Shares(self.group, size[0] // 2 ** (len(blocks) - 1))
-        finest = None if self.keeps_finest else blocks.pop(0)
-        if finest is not None:
+        finest, image, level_slabs = None, Given(x), 0
+        if not self.keeps_finest:
+            finest = blocks.pop(0)
+            level_slabs = bytes_of_level(norms_of(finest.resnets), 2, math.prod(size[1:]))
             size = resampled_size(finest.resampler, size)
         steps = layers_of(blocks)
-        self.plan(steps, size, x)
+        self.plan(steps, size, x, level_slabs)
 
-        image = Activations.of(x)
         if finest is None:
             slabs = self.convolved(image, encoder.conv_in)
         else:
@@ -98,15 +99,17 @@ class SlabTiling:
         """What becomes of slabs of what the decoder makes of one sample, (1, C, X, Y, Z)."""
         blocks, size = list(decoder.blocks), tuple(z.shape[2:])
         self.shares = Shares(self.group, size[0])
-        finest = None if self.keeps_finest else blocks.pop()
+        finest, level_slabs = None, 0
+        if not self.keeps_finest:
+            finest = blocks.pop()
+            norms = [*norms_of(finest.resnets), decoder.conv_norm_out]
+            level_slabs = bytes_of_level(norms, 1, 4 ** len(blocks) * math.prod(size[1:]))
         steps = layers_of(blocks)
         upsampler = None if finest is None else steps.pop()
-        self.plan(steps, size, z)
+        self.plan(steps, size, z, level_slabs)
 
-        latent = Activations.of(z)
-        features, statistics = self.through(
-            steps, self.convolved(latent, decoder.conv_in), size, decoder.conv_norm_out if finest is None else None
-        )
+        slabs = self.convolved(Given(z), decoder.conv_in)
+        features, statistics = self.through(steps, slabs, size, decoder.conv_norm_out if finest is None else None)
         if finest is None:
             slabs, size = self.convolved(features, decoder.conv_out, statistics), features.size
         else:
@@ -118,15 +121,23 @@ class SlabTiling:
             slabs = ((planes.start, level.read(planes.start, planes.stop)) for planes in cut)
         return self.join(((start, finish(slab)) for start, slab in slabs), size)
 
-    def plan(self, steps: list[nn.Module], size: tuple[int, int, int], x: torch.Tensor) -> None:
-        """Where the features of layers are kept, the first of them on a grid of a size, and what slabs may take."""
+    def plan(self, steps: list[nn.Module], size: tuple[int, int, int], x: torch.Tensor, level_slabs: int) -> None:
+        """
+        Where the features of layers are kept, and what slabs may take.
+
+        Args:
+            steps: the layers.
+            size: of the grid of the first of them.
+            x: what is encoded or decoded.
+            level_slabs: bytes that the thinnest slabs of the finest level take, if that is not kept.
+        """
         held = self.shares.held(size[0])
         kept = kept_values(steps, (held.stop - held.start, *size[1:])) * x.element_size()
         self.device = x.device
         slabs = widest_slabs(steps, size)
-        self.where, self.for_slabs = self.place(kept, slabs, x.device)
-        least = slabs * (1 + NEIGHBOURS) // (CPU_PLANES + NEIGHBOURS)
-        if self.memory is not None and self.for_slabs < LEAST * least:
+        self.where, self.for_slabs = self.place(kept, max(slabs, level_slabs), x.device)
+        least = max(int(LEAST * slabs * (1 + NEIGHBOURS) / (CPU_PLANES + NEIGHBOURS)), level_slabs)
+        if self.memory is not None and self.for_slabs < least:
             warnings.warn(
                 f"memory={self.memory} is less than one plane of this volume and its neighbours take in all layers, "
                 f"about {least}: more than was allowed is taken",
@@ -340,20 +351,24 @@ def slab_memory(
     scale = 2 ** (len(decoder.blocks) - 1)
     voxels = scale**2 * math.prod(size[1:])
     norms = [*norms_of(decoder.blocks[-1].resnets), decoder.conv_norm_out]
-    channels = max(norm.num_channels for norm in norms)
     if keeps_finest:
-        steps = layers_of(decoder.blocks)
+        steps, channels = layers_of(decoder.blocks), max(norm.num_channels for norm in norms)
         planes = min(planes_in_cache(channels, voxels, torch.device("cpu")), scale * size[0])
-        plane = SLABS_BESIDE_MOST * channels * voxels * dtype.itemsize
+        slabs = (planes + NEIGHBOURS) * SLABS_BESIDE_MOST * channels * voxels * dtype.itemsize
     else:
-        steps, planes = layers_of(decoder.blocks[:-1])[:-1], 1
-        plane = bytes_of_slabs(channels, sum(norm.num_channels for norm in norms), voxels)
-    return kept_values(steps, size) * dtype.itemsize, (planes + NEIGHBOURS) * plane
+        steps, slabs = layers_of(decoder.blocks[:-1])[:-1], bytes_of_level(norms, 1, voxels)
+    return kept_values(steps, size) * dtype.itemsize, slabs
 
 
 def bytes_of_slabs(channels: int, remembered_channels: int, voxels: int) -> int:
     """What a plane of so many voxels takes in all slabs that there are at once."""
     return (SLABS_AT_ONCE * channels + remembered_channels) * voxels * torch.float32.itemsize
+
+
+def bytes_of_level(norms: list[nn.GroupNorm], planes: int, voxels: int) -> int:
+    """What the slabs of a [`FinestLevel`] with these norms take, of so many planes of so many voxels."""
+    channels = [norm.num_channels for norm in norms]
+    return (planes + NEIGHBOURS) * bytes_of_slabs(max(channels), sum(channels), voxels)
 
 
 def layers_of(blocks: list[MaisiVaeBlock3D]) -> list[nn.Module]:

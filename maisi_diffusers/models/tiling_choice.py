@@ -28,7 +28,7 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
         network: the encoder or the decoder.
         x (N, C, X, Y, Z): its input.
     """
-    if has_hooked_layers(network):
+    if needs_its_layers_called(network, x.device):
         return None
     is_on_cpu = x.device.type == "cpu"
     free = free_memory(x.device)
@@ -48,6 +48,9 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
     return SlabTiling(None, keeps_finest=False)
 
 
-def has_hooked_layers(network: MaisiEncoder3D | MaisiDecoder3D) -> bool:
-    """Whether hooks bring weights to where they are wanted, for which layers must be called."""
-    return any(hasattr(module, hook) for module in network.modules() for hook in ("_hf_hook", "_diffusers_hook"))
+def needs_its_layers_called(network: MaisiEncoder3D | MaisiDecoder3D, device: torch.device) -> bool:
+    """Whether hooks cast weights, or bring them to a device from another one, when a layer is called."""
+    if any(hasattr(module, "_diffusers_hook") for module in network.modules()):
+        return True
+    is_elsewhere = any(parameter.device != device for parameter in network.parameters())
+    return is_elsewhere and any(hasattr(module, "_hf_hook") for module in network.modules())

@@ -28,11 +28,13 @@ class MaisiUpsampleConv3d(nn.Conv3d):
         if is_small or hidden_states.device.type != "cpu":  # a GPU is best at one large convolution
             return super().forward(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
 
-        kernel = self.weight.transpose(0, 1).flip(2, 3, 4)  # as transposed convolutions have it
+        # As transposed convolutions have it; with at least 32 bits, so that it is rounded once.
+        kernel = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        kernel = kernel.transpose(0, 1).flip(2, 3, 4)
         for axis in range(3):
             before = [0, 0] * axis
             kernel = F.pad(kernel, [*before, 0, 1]) + F.pad(kernel, [*before, 1, 0])
-        return F.conv_transpose3d(hidden_states, kernel, self.bias, stride=2, padding=1)
+        return F.conv_transpose3d(hidden_states, kernel.to(self.weight.dtype), self.bias, stride=2, padding=1)
 
 
 def upsample_and_convolve(hidden_states: torch.Tensor, conv: nn.Module) -> torch.Tensor:

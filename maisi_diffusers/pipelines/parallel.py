@@ -17,6 +17,14 @@ def spread(functions: list[Callable[[], torch.Tensor]], group: dist.ProcessGroup
     return given[: len(functions)]
 
 
+def latents_of_first(latents: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """What the first process of a group has: another GPU rounds otherwise, and slabs of both do not quite meet."""
+    if group is not None:
+        latents = latents.contiguous()
+        dist.broadcast(latents, dist.get_global_rank(group, 0), group)
+    return latents
+
+
 def of_first(values: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
     """What the first process of a group has: another GPU may round to another label map."""
     if group is not None:

@@ -58,7 +58,7 @@ from .anatomy_files import AnatomyFiles, AnatomyFilesMixin
 from .denoising import check_sampling, denoise, prediction_type_of, prepare_latents
 from .editing import FEATHER, Edit, add_noise, check_edit, first_step, prepare_edit
 from .input_rules import CT_RULES, MR_RULES, check_grid, check_size_and_spacing, fit_grid, nearest_grid
-from .parallel import of_first, spread
+from .parallel import latents_of_first, of_first, spread
 from .pipeline_maisi_mask import RFLOW_STEPS, MaisiMaskPipeline, anatomy_size_vector
 from .pipeline_output import MaisiCTPipelineOutput
 from .recommended_grids import (
@@ -976,8 +976,9 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
 
         self.warn_of_unusual_fov(label_maps, body_region, modality, output_size, spacing)
         device = self._execution_device
-        for network in filter(None, (self.vae, self.unet, self.controlnet)):
-            network.lay_out(device)
+        for network in (self.vae, self.unet, self.controlnet):
+            if network is not None:
+                network.lay_out(device)
         edit = repainted = None
         if repaint_labels is not None:
             indices = [label_index(one, self.vocabulary) for one in repaint_labels]
@@ -997,8 +998,9 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             embedding = self.embed_label_maps(arrays, num_images, device)
             if guidance_scale > 0:
                 without_tumors = [remove_tumors(array, spacing, self.tumors) for array in arrays]
-                has_baseline |= not all(map(np.array_equal, arrays, without_tumors))
-                if has_baseline:
+                uncond_embedding = embedding
+                if not all(map(np.array_equal, arrays, without_tumors)):
+                    has_baseline = True
                     uncond_embedding = self.embed_label_maps(without_tumors, num_images, device)
                 del without_tumors
         if guidance_scale > 0 and not has_baseline:
@@ -1030,6 +1032,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
                 edit,
                 strength,
             )
+            made = latents_of_first(made, self.group)
             for i, latent in zip(wanted, made.split(1)):
                 attempts[i] += 1
                 if output_type == "latent":

@@ -66,6 +66,33 @@ def test_output_types_agree(pipe):
     assert np.array_equal(as_tuple[0], images["np"].images) and np.array_equal(as_tuple[1], images["np"].labels)
 
 
+@pytest.mark.parametrize("name", ["unet", "controlnet", "vae"])
+def test_a_compiled_network(name):
+    pipe, arguments = make_pipeline(), {"mask": make_label_map(), "output_type": "latent"}
+    expected = pipe(**arguments, generator=seeded()).images
+    setattr(pipe, name, torch.compile(getattr(pipe, name), backend="eager"))
+    torch.testing.assert_close(pipe(**arguments, generator=seeded()).images, expected)
+    assert pipe(mask=make_label_map(), generator=seeded()).images[0].shape == SIZE
+
+
+def test_the_same_label_map_is_embedded_once(monkeypatch):
+    """Where guidance has no tumor to leave out."""
+    embedded, embed = [], MaisiCTPipeline.embed_label_maps
+    monkeypatch.setattr(
+        MaisiCTPipeline,
+        "embed_label_maps",
+        lambda pipe, maps, *args: embedded.append(maps) or embed(pipe, maps, *args),
+    )
+    rflow = make_pipeline()
+    plain = np.asarray(make_label_map().dataobj)
+    plain = np.where(np.isin(plain, list(rflow.tumors)), 1, plain)
+    for labels, times in ((plain, 1), (np.where(np.arange(SIZE[2]) == 12, 26, plain), 2)):
+        embedded.clear()
+        mask = nib.Nifti1Image(labels.astype(np.uint8), make_label_map().affine)
+        rflow(mask=mask, guidance_scale=2.0, generator=seeded(), output_type="latent")
+        assert len(embedded) == times
+
+
 def test_image_only(pipe):
     output = pipe(**IMAGE_ONLY, generator=seeded())
     assert output.labels is None
