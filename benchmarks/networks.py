@@ -14,6 +14,7 @@ without: "float32 auto without winograd".
 
 import argparse
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -54,14 +55,24 @@ WORK = {
         2,
         [
             *("MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off", "float32 exact 256MiB"),
+            *("float32 auto without winograd", "bfloat16 auto without winograd", "float32 auto without parts"),
+        ],
+    ),
+    "encode": (
+        24,
+        2,
+        [
+            *("MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off", "float32 exact 256MiB"),
             *("float32 auto without winograd", "bfloat16 auto without winograd"),
         ],
     ),
-    "encode": (24, 2, ["MONAI", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off"]),
+    "guidance": (32, 4, [f"{dtype} off{without}" for dtype in DTYPES for without in ("", " without turns")]),
 }
 
-# What can be switched off, besides that a label map is embedded once for all steps.
+# What can be switched off, besides that a label map is embedded once for all steps, and that the two predictions of a
+# guided step are made in turns.
 SWITCHES = {
+    "parts": lambda: setattr(slab_convolution, "CPU_SLAB", sys.maxsize),
     "winograd": lambda: slab_convolution.WINOGRAD_CHANNELS.clear(),
     "phases": lambda: setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", math.inf),
     "onednn": lambda: setattr(MaisiConv3d, "is_better_by_onednn", lambda conv, hidden_states: False),
@@ -78,7 +89,7 @@ def make_inputs(work: str, size: int, dtype: torch.dtype, device: torch.device) 
     if work == "doubling":  # what the UNet doubles last
         inputs["features"] = torch.randn(1, 128, *[size // 2] * 3, generator=generator).to(dtype)
         inputs["temb"] = torch.randn(1, 512, generator=generator).to(dtype)
-    if work in ("embedding", "step"):
+    if work in ("embedding", "step", "guidance"):
         inputs["labels"] = torch.randint(256, (1, *[4 * size] * 3), generator=generator, dtype=torch.uint8)
         inputs["spacing"] = torch.tensor([[150.0, 150.0, 200.0]], dtype=dtype)
         inputs["timesteps"], inputs["class_labels"] = torch.tensor([500.0]), torch.tensor([1])
@@ -136,10 +147,23 @@ def our_work(work: str, size: int, variant: str, folder: Path, device: torch.dev
         return lambda: pipe.controlnet.embed_condition(label_bits(inputs["labels"], dtype=torch.uint8))
     embed = partial(pipe.controlnet.embed_condition, label_bits(inputs["labels"], dtype=torch.uint8))
     conditions = {"class_labels": inputs["class_labels"], "spacing": inputs["spacing"]}
-    step = partial(pipe.predict, inputs["latents"], inputs["timesteps"], conditions, conditioning_scale=1.0)
+
+    def step(copies: int, embedding: torch.Tensor) -> torch.Tensor:
+        """Of some copies of the inputs."""
+        latents, timesteps, *of_conditions, embedding = (
+            torch.cat([one] * copies)
+            for one in (inputs["latents"], inputs["timesteps"], *conditions.values(), embedding)
+        )
+        return pipe.predict(latents, timesteps, dict(zip(conditions, of_conditions)), embedding, 1.0)
+
     if switched_off == "embedding":
-        return lambda: step(condition_embedding=embed())
-    return partial(step, condition_embedding=embed())
+        return lambda: step(1, embed())
+    embedding = embed()
+    if work == "guidance":  # two predictions
+        if switched_off == "turns":
+            return partial(step, 2, embedding)
+        return lambda: torch.cat([step(1, embedding), step(1, embedding)])
+    return partial(step, 1, embedding)
 
 
 def run_variant(variant: str, work: str, size: int, folder: Path) -> None:

@@ -120,8 +120,8 @@ def advice(results: dict[str, list[tuple[int, float, float]]]) -> str:
         enough = [
             (calls, name, steps)
             for name, of_solver in results.items()
-            for steps, (calls, _, off) in zip(STEPS, of_solver)
-            if off <= hu
+            for i, (steps, (calls, *_)) in enumerate(zip(STEPS, of_solver))
+            if all(off <= hu for _, _, off in of_solver[i:])
         ]
         if enough:
             calls, name, steps = min(enough)

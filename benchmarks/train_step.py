@@ -137,7 +137,7 @@ def main() -> None:
         settings = VARIANTS[args.serve]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         make = make_monai_step if settings["library"] == "monai" else make_our_step
-        serve(make(make_batch(args.latent, device), settings["checkpointing"], device), device)
+        serve(make(make_batch(args.latent, device), settings["checkpointing"], device), device, lambda result: {})
         return
     command = ["-m", "benchmarks.train_step", "--latent", str(args.latent), "--serve"]
     results = take_turns({variant: [*command, variant] for variant in VARIANTS}, args.repeats)

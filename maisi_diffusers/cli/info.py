@@ -131,8 +131,11 @@ def lines_of(facts: dict) -> list[tuple[str, str]]:
 
 def memory_lines(memory: dict, with_stages: bool) -> list[tuple[str, str]]:
     """What [`describe_memory`] tells: of the ways to decode, and if wanted of every stage."""
-    plans, free = memory["plans"], memory["free"]
-    title = f"GB for {size_text(memory['output_size'])} voxels; {free / 1e9:.1f} are free on {memory['device']}"
+    plans, usable = memory["plans"], memory["usable"]
+    title = (
+        f"GB for {size_text(memory['output_size'])} voxels; {memory['free'] / 1e9:.1f} are free on {memory['device']}"
+    )
+    title += f", {usable / 1e9:.1f} of them to plan with"
     lines = [("memory", f"{title}; the mode is that of maisi-ct generate --tiling")]
     first = next(iter(plans.values()))
     if with_stages:
@@ -141,7 +144,7 @@ def memory_lines(memory: dict, with_stages: bool) -> list[tuple[str, str]]:
             lines.append((f"  {stage}", ", ".join(values)))
     for mode in first["modes"]:
         values = [
-            f"{plan['modes'][mode] / 1e9:.2f} in {dtype}{'' if plan['modes'][mode] <= free else ' (does not fit)'}"
+            f"{plan['modes'][mode] / 1e9:.2f} in {dtype}{'' if plan['modes'][mode] <= usable else ' (does not fit)'}"
             for dtype, plan in plans.items()
         ]
         lines.append((f"  all, {mode}", ", ".join(values)))
