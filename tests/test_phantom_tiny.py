@@ -68,6 +68,21 @@ def test_the_first_command(tmp_path):
     assert contents[0] == contents[1]
 
 
+@torch.no_grad()
+def test_slabs_show_no_seams(pipe):
+    """Of a CT of a phantom; in HU, and where slabs meet no more than elsewhere."""
+    phantom = make_phantom(seed=987_654, size=(64, 64, 64), spacing=(6.0, 6.0, 6.0))
+    ct = torch.tensor(np.asarray(phantom.image.dataobj)).float()[None, None]
+    pipe.vae.disable_tiling()
+    latents = pipe.vae.encode((ct + 1000) / 2000).latent_dist.mode()
+    expected = 2000 * pipe.vae.decode(latents).sample
+    assert expected.std() > 100
+    for enable in (pipe.vae.enable_exact_tiling, pipe.vae.enable_tiling):
+        enable("3MB")  # of a plane or two
+        assert (2000 * pipe.vae.decode(latents).sample - expected).abs().max() < 0.05
+    pipe.vae.enable_auto_tiling()
+
+
 @pytest.mark.slow
 def test_a_ct_for_a_label_map(pipe):
     """Of a phantom that it has not seen: lungs, liver and bones have the HU of such."""

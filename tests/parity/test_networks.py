@@ -47,7 +47,7 @@ def controlnet_inputs(pair, seed=0):
     )
 
 
-@pytest.fixture(params=["off", "exact"])
+@pytest.fixture(params=["off", "exact", "lean"])
 def tiling(request, pair):
     """The VAEs in one piece and in slabs, which have convolutions and norms of their own."""
     vaes = (pair.pipe.vae, pair.pipe.mask_vae)
