@@ -193,7 +193,8 @@ def print_tissues(cases: list[dict], unconditioned: list[dict], others: list[dic
         sum(all(min(limits[t]) <= figures[t] <= max(limits[t]) for t in TISSUES) for figures in group)
         for group in groups
     ]
-    counts = [f"{n} of {len(group)}" for n, group in zip(passed, groups)]
+    # The first group is what the range is of.
+    counts = ["", *(f"{n} of {len(group)}" for n, group in zip(passed[1:], groups[1:]))]
     print("| all within the range of phantoms | " + " | ".join(counts) + " |")
 
 

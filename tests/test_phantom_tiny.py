@@ -4,13 +4,24 @@ import re
 import subprocess
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from scipy import ndimage
 
 from maisi_diffusers import PHANTOM_TINY, MaisiCTPipeline
-from maisi_diffusers.anatomy import CONTROLLABLE_ANATOMY, LABELS, LUNG_LOBES, TUMORS
+from maisi_diffusers.anatomy import (
+    CONTROLLABLE_ANATOMY,
+    LABELS,
+    LUNG_LOBES,
+    TUMORS,
+    fit_tumor,
+    label_name,
+    totalsegmentator_to_maisi,
+)
+from maisi_diffusers.anatomy.clean_up import SINGLE_ORGANS
 from maisi_diffusers.phantom import make_phantom
 
 from .tiny import seeded
@@ -81,6 +92,57 @@ def test_slabs_show_no_seams(pipe):
         enable("3MB")  # of a plane or two
         assert (2000 * pipe.vae.decode(latents).sample - expected).abs().max() < 0.05
     pipe.vae.enable_auto_tiling()
+
+
+@pytest.mark.slow
+def test_a_generated_label_map(pipe):
+    """By the rules of the clean-up, with the tumor in the size that was asked for; its CT passes the check."""
+    sizes = [("hepatic tumor", 0.3), ("liver", 0.5)]
+    out = pipe(controllable_anatomy_size=sizes, generator=seeded())
+    labels, report = np.asarray(out.labels[0].dataobj), out.reports[0]
+    assert report["quality"]["passed"]
+    assert set(TUMORS) & set(np.unique(labels)) == {LABELS["hepatic tumor"]}
+    reached = {name: one["reached"] for name, one in report["label_map"]["anatomy"].items()}
+    assert reached["hepatic tumor"] == pytest.approx(0.3, abs=0.01) and reached["liver"] == pytest.approx(0.5, abs=0.2)
+    assert pieces(labels > 0) == 1
+    for label in set(np.unique(labels)) & set(SINGLE_ORGANS):
+        assert pieces(labels == label) == 1, label_name(label)
+    # Each voxel of the tumor touches the liver, or the tumor, alone.
+    around = ndimage.binary_dilation(labels == LABELS["hepatic tumor"], np.ones((3, 3, 3))) & (labels != 26)
+    assert (labels[around] == LABELS["liver"]).mean() > 0.8
+
+
+def pieces(mask: np.ndarray) -> int:
+    return ndimage.label(mask, np.ones((3, 3, 3)))[1]
+
+
+@pytest.mark.slow
+def test_a_tumor_that_is_looked_up(pipe):
+    out = pipe(body_region=["chest"], anatomy_list=["lung tumor"], generator=seeded())
+    labels = np.asarray(out.labels[0].dataobj)
+    assert out.reports[0]["quality"]["passed"] and (labels == LABELS["lung tumor"]).sum() > 10
+
+
+@pytest.mark.slow
+def test_a_real_label_map(pipe, torso_labels):
+    out = pipe(mask=torso_labels, mask_vocabulary="totalsegmentator", generator=seeded())
+    quality = out.reports[0]["quality"]
+    assert quality["passed"] and {"liver", "spleen", "pancreas", "kidney", "bone"} <= quality["organs"].keys()
+
+
+@pytest.mark.slow
+def test_a_tumor_in_a_real_ct(pipe, torso_ct, torso_labels):
+    """It has the HU of those that the model has seen; the CT around it is as it was."""
+    image = nib.load(torso_ct)
+    ct, spacing = np.asarray(image.dataobj), image.header.get_zooms()
+    organs = totalsegmentator_to_maisi(np.asarray(nib.load(torso_labels).dataobj))
+    labels = fit_tumor(organs, LABELS["hepatic tumor"], ml=14, spacing=spacing, generator=seeded())
+    tumor, mask = labels == LABELS["hepatic tumor"], nib.Nifti1Image(labels, image.affine)
+    out = pipe(image=image, mask=mask, repaint_labels=["hepatic tumor"], generator=seeded())
+    made = np.asarray(out.images[0].dataobj)
+    assert 12 <= np.median(made[tumor]) <= 40 < np.median(ct[tumor])
+    distance = ndimage.distance_transform_edt(~tumor, sampling=spacing)
+    assert np.array_equal(made[distance >= 6], ct[distance >= 6])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """One image after another through the pipeline, each with a seed of its own, and onto the disk."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -101,17 +102,43 @@ def make_image(
     """
 
     def tell(pipe: MaisiCTPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        if step == 0:
-            stages.begin("denoise", pipe.num_timesteps)
         stages.step(step + 1, pipe.num_timesteps)
         if step + 1 == pipe.num_timesteps:
             stages.begin("decode")
         return {}
 
-    stages.begin("denoise" if request.get("image_only") else "label map")
-    with collect_warnings() as messages, tell_of_memory(pipe.device, "for this size: try a smaller --output-size"):
+    if not request.get("image_only"):
+        stages.begin("label map")
+    with (
+        shown_from_the_first_step(pipe, stages),
+        collect_warnings() as messages,
+        tell_of_memory(pipe.device, "for this size: try a smaller --output-size"),
+    ):
         output = pipe(**request, generator=torch.Generator().manual_seed(seed), callback_on_step_end=tell)
     return output, messages
+
+
+@contextmanager
+def shown_from_the_first_step(pipe: MaisiCTPipeline, stages: Stages) -> Iterator[None]:
+    """Tell stages of what no callback is called for: that sampling begins, and the steps of a label map."""
+    steps = itertools.count(1)
+
+    def begin(network: torch.nn.Module, args: tuple) -> None:
+        if stages.stage != "denoise":
+            stages.begin("denoise", pipe.num_timesteps)
+
+    def count(network: torch.nn.Module, args: tuple, output: object) -> None:
+        stages.step(next(steps), len(pipe.mask_scheduler.timesteps))
+
+    networks = [network for network in (pipe.controlnet, pipe.unet) if network is not None]
+    hooks = [network.register_forward_pre_hook(begin) for network in networks]
+    if pipe.mask_unet is not None:
+        hooks.append(pipe.mask_unet.register_forward_hook(count))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -119,8 +146,8 @@ def tell_of_memory(device: torch.device, remedy: str) -> Iterator[None]:
     """Have a line say what to do where a device has too little memory."""
     try:
         yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         raise MemoryError(f"there is not enough memory on {device} {remedy}") from error
 

@@ -35,6 +35,7 @@ class Stages:
         self._num, self._quiet = num, quiet
         self._images = self._progress.add_task("images", total=num, count=f"0/{num}", visible=num > 1)
         self._stage = self._progress.add_task("", total=None, count="")
+        self.stage = ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -45,7 +46,10 @@ class Stages:
 
     def begin(self, stage: str, total: int | None = None) -> None:
         """A stage begins, of so many steps if that is known."""
-        self._progress.reset(self._stage, description=stage, total=total, count="" if total is None else f"0/{total}")
+        self.stage = stage
+        # A new line: rich's `reset` leaves the total as it is where none is known.
+        self._progress.remove_task(self._stage)
+        self._stage = self._progress.add_task(stage, total=total, count="" if total is None else f"0/{total}")
 
     def step(self, completed: int, total: int) -> None:
         """So many steps of the stage are done."""

@@ -28,14 +28,12 @@ class Edit:
 
     Args:
         image: the CT (X, Y, Z) on its own grid, in HU.
-        background: HU beyond the model's grid.
         weights: how much of the new image goes into it, 0 to 1, (X, Y, Z) on that grid; `None` for all of it.
         latents (1, C, x, y, z): of the CT on the model's grid, scaled.
         latent_weights (1, 1, x, y, z): where these change, 0 or 1; `None` for everywhere.
     """
 
     image: nib.Nifti1Image
-    background: int
     weights: np.ndarray | None
     latents: torch.Tensor
     latent_weights: torch.Tensor | None
@@ -59,17 +57,18 @@ class Edit:
             reconstruction (X, Y, Z): the CT itself, encoded and decoded, on that grid; where labels are repainted.
 
         Returns:
-            the CT on its own grid. Where labels are repainted, the difference of the two is added to it, so that what
-            the VAE cannot show (noise, fine edges) stays; where their weight is 0, it is the same to the voxel.
+            the CT on its own grid, as it was beyond that of the model. Where labels are repainted, the difference of
+            the two is added to it, so that what the VAE cannot show (noise, fine edges) stays; where their weight is
+            0, it is the same to the voxel.
         """
-        if self.weights is None:
-            return ct_to_nifti(
-                np.asarray(resample_like(made, self.image, order=1, fill=self.background).dataobj), self.image.affine
-            )
-        change = np.asarray(made.dataobj, dtype=np.float32) - reconstruction
-        change = resample_like(nib.Nifti1Image(change, made.affine), self.image, order=1, fill=0)
         hu = np.asarray(self.image.dataobj)
-        hu = np.where(self.weights > 0, hu + np.asarray(change.dataobj) * self.weights, hu)
+        if self.weights is None:
+            made_hu = np.asarray(resample_like(made, self.image, order=1, fill=0).dataobj)
+            hu = made_hu + (1 - extent(made, self.image)) * hu
+        else:
+            change = np.asarray(made.dataobj, dtype=np.float32) - reconstruction
+            change = resample_like(nib.Nifti1Image(change, made.affine), self.image, order=1, fill=0)
+            hu = np.where(self.weights > 0, hu + np.asarray(change.dataobj) * self.weights, hu)
         return ct_to_nifti(hu, self.image.affine)
 
 
@@ -98,7 +97,8 @@ def prepare_edit(
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: image and mask on different grids; no voxel of the labels, in the mask or on the model's grid.
+        ValueError: image and mask on different grids; no voxel of the labels in the mask; not all of them, or none, on
+            the model's grid.
     """
     image = load_volume(image)
     if image.shape != mask.shape or not np.allclose(image.affine, mask.affine, atol=1e-3):
@@ -118,13 +118,24 @@ def prepare_edit(
                 f"repaint_labels: {names} has no voxel left on the model's grid of {spacing_of(label_map)} mm; give a "
                 "finer spacing, or draw it larger"
             )
+        if (extent(label_map, mask)[weights == 1] == 0).any():
+            raise ValueError(
+                f"repaint_labels: {names} lies in part beyond the field of view, {label_map.shape} voxels of "
+                f"{spacing_of(label_map)} mm; give a larger output_size, or neither size nor spacing"
+            )
         blocks = torch.from_numpy((on_grid > 0).astype(np.float32))[None, None].to(device)
         latent_weights = torch.nn.functional.max_pool3d(blocks, vae.spatial_compression_ratio)
     background = background_value(modality)
     hu = np.asarray(resample_like(image, label_map, order=1, fill=background).dataobj, dtype=np.float32)
     intensities = from_hu(torch.from_numpy(hu)[None, None], modality).to(device, vae.dtype)
     latents = vae.encode(intensities).latent_dist.mode().float() * vae.config.scaling_factor
-    return Edit(image, background, weights, latents, latent_weights)
+    return Edit(image, weights, latents, latent_weights)
+
+
+def extent(image: nib.Nifti1Image, reference: nib.Nifti1Image) -> np.ndarray:
+    """1 in what an image shows of the grid of a reference, falling to 0 beyond, float32 (X, Y, Z)."""
+    ones = nib.Nifti1Image(np.ones(image.shape, dtype=np.float32), image.affine)
+    return np.asarray(resample_like(ones, reference, order=1, fill=0).dataobj)
 
 
 def paint_weights(labels: nib.Nifti1Image, repaint_labels: Iterable[int], feather: float) -> np.ndarray | None:

@@ -1017,8 +1017,9 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         while wanted:
             rows = slice(None) if len(wanted) == num_images else wanted
             generators = [generator[i] for i in wanted] if isinstance(generator, list) else generator
+            noise = prepare_latents((len(wanted), *latent_shape[1:]), device, generators, latents)
             made = self.sample(
-                prepare_latents((len(wanted), *latent_shape[1:]), device, generators, latents),
+                latents_of_first(noise, self.group),
                 num_inference_steps,
                 {name: values[rows] for name, values in conditions.items()},
                 None if embedding is None else embedding[rows],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maisi_diffusers.anatomy import BODY, LABELS, clean_up, label_index
+from maisi_diffusers.anatomy import BODY, LABELS, clean_up, label_index, label_name
 from maisi_diffusers.phantom import make_phantom
 
 LIVER, SPLEEN, PANCREAS, STOMACH, COLON, SMALL_BOWEL = map(
@@ -112,7 +112,11 @@ def test_a_tumor_outside_of_its_organ(labels, tumor):
     assert (clean[38:42, 30:34, 30:34] == BODY).all()
 
 
-@pytest.mark.parametrize("name", ["liver", "spleen", "left kidney", "gallbladder", "aorta", "right lung middle lobe"])
+# As published: liver, spleen, pancreas, kidneys, adrenals, gallbladder, stomach, duodenum, great vessels, lung lobes.
+SINGLE = (1, 3, 4, 5, 14, 8, 9, 10, 12, 13, 6, 7, 28, 29, 30, 31, 32)
+
+
+@pytest.mark.parametrize("name", [label_name(label) for label in SINGLE])
 def test_single_organs_are_one_piece(labels, name):
     labels[8:20, 8:20, 8:20] = BODY
     organ = label_index(name)

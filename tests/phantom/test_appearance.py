@@ -85,4 +85,4 @@ def test_as_a_real_ct(torso_ct, torso_labels):
         median, _, noise, correlation = np.mean([one[organ] for one in phantoms], axis=0)
         assert median == pytest.approx(real[organ][0], abs=20), organ
         assert noise == pytest.approx(real[organ][2], abs=6), organ
-        assert correlation == pytest.approx(real[organ][3], abs=0.35), organ
+        assert 0.15 < correlation < 0.45, organ  # of the real ones 0.08 to 0.25; white noise has 0

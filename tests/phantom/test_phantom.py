@@ -194,8 +194,8 @@ def test_tumor_is_in_its_organ_and_as_large_as_asked(name):
         volumes.append(tumor.sum() * 64.0)
     assert volumes[0] < volumes[1]
     assert volumes[0] < 1.4 * np.pi / 6 * 16**3
-    if name in ("lung tumor", "hepatic tumor"):  # there is room for it
-        assert volumes[1] > 0.7 * np.pi / 6 * 28**3
+    for volume, diameter in zip(volumes, (16, 28)):  # what does not fit into the organ is left out
+        assert volume > 0.6 * np.pi / 6 * diameter**3
 
 
 def test_hepatic_tumor_is_darker_than_the_liver():

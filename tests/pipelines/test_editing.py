@@ -71,6 +71,19 @@ def test_strength(pipe, ct):
     pipe.register_to_config(num_inference_steps=2)
 
 
+def test_beyond_the_field_of_view_it_stays(pipe, ct):
+    small = {"output_size": (16, 16, 16), "spacing": SPACING}
+    made, own = (np.asarray(one.dataobj) for one in (edit(pipe, ct, **small).images[0], ct))
+    same = made == own
+    beyond = np.ones(SIZE, dtype=bool)
+    beyond[4:20, :, 8:24] = False
+    assert same[beyond].all() and not same[5:19, 1:15, 9:23].all()
+    labels = np.array(make_label_map().dataobj)
+    labels[2:22, 8, 16] = 26
+    with pytest.raises(ValueError, match=r"hepatic tumor lies in part beyond the field of view, \(16, 16, 16\)"):
+        edit(pipe, ct, nib.Nifti1Image(labels, AFFINE), repaint_labels=[26], **small)
+
+
 def test_steps_that_are_left_out():
     assert [first_step(s, 10) for s in (0, 0.01, 0.1, 0.5, 0.99, 1)] == [10, 9, 9, 5, 0, 0]
     assert first_step(0.5, 1) == 0
