@@ -8,7 +8,7 @@ import typer
 
 from .models import find_model
 from .option_names import name_options
-from .outputs import name_outputs, refuse_existing
+from .outputs import name_outputs, refuse_existing, refuse_others
 
 ANATOMY, OWN_MAP, EDIT, GRID, SAMPLING, MODEL, OUTPUT = (
     "What to show",
@@ -235,8 +235,9 @@ def generate(
     ```
     maisi-ct generate --output out
 
-    maisi-ct generate --model maisi-rflow-ct --output out \\
-        --body-region chest --anatomy "lung tumor" --num 10
+    maisi-ct generate --output out --body-region chest --anatomy "lung tumor" --num 10
+
+    maisi-ct generate --output out --size liver=0.5 --size "hepatic tumor=0.3"
 
     maisi-ct generate --model maisi-rflow-ct --output out \\
         --mask segmentation.nii.gz --mask-vocabulary totalsegmentator \\
@@ -293,7 +294,9 @@ def generate(
     found = find_model(model, revision, variant)
     outputs = name_outputs(output, name, found.name, seed, num)
     done = {one for one in outputs if one.is_made_from(found.description, request)} if resume else set()
-    if not (force or resume):
+    if resume:
+        refuse_others([one for one in outputs if one not in done])
+    elif not force:
         refuse_existing(outputs)
 
     from .generation import generate_images  # takes seconds to import

@@ -83,12 +83,16 @@ def load_pipeline(model: Model, dtype: "torch.dtype") -> "MaisiCTPipeline":
 
     Raises:
         ValueError: if its files are missing, damaged or not of this pipeline.
+        MemoryError, RuntimeError: if it does not fit in memory.
     """
+    from ..memory import is_out_of_memory
     from ..pipelines import MaisiCTPipeline
 
     source = model.folder if model.revision is None else model.source
     try:
         return MaisiCTPipeline.from_pretrained(source, revision=model.revision, variant=model.variant, dtype=dtype)
     except Exception as error:  # whatever diffusers, safetensors and json say of damaged files
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            raise
         line = " ".join(str(error).split())
         raise ValueError(f"the model {model.source} cannot be loaded: {type(error).__name__}: {line}") from error

@@ -61,7 +61,7 @@ class Outputs:
             record = json.loads(self.record.read_text())
             made_from = {"model": record["model"], "seed": record["seed"], **record["request"]}
             files = [self.folder / name for name in record["files"].values() if name is not None]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.record} is no record of an image: --force, or choose another --name") from error
         asked = json.loads(json.dumps({"model": model, "seed": self.seed, **request}))  # JSON knows no tuples
         for key in sorted(made_from.keys() | asked.keys()):
@@ -86,6 +86,27 @@ def refuse_existing(outputs: list[Outputs]) -> None:
     for file in (file for one in outputs for file in one.files):
         if file.exists():
             raise FileExistsError(f"{file} is there already: --force, or choose another --name, --seed or --output")
+
+
+def refuse_others(outputs: list[Outputs]) -> None:
+    """
+    Raise a `FileExistsError` that names the first file that is there and was not made by this command.
+
+    A run that was killed may have left files without a record: of a volume the header tells, and the picture, which
+    has none, gets its name after the CT.
+    """
+    from ..imaging.nifti import DESCRIPTION, is_up_to_date
+
+    for one in outputs:
+        ours = {file for file in (one.ct, one.labels) if is_up_to_date(file, DESCRIPTION, [])}
+        if one.ct in ours or one.record.exists():
+            ours |= {one.picture, one.record}
+        for file in one.files:
+            if file.exists() and file not in ours:
+                raise FileExistsError(
+                    f"{file} is there and was not made by this command: --force, or choose another --name, --seed or "
+                    "--output"
+                )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..anatomy import label_name, labels_present, load_label_map, new_vocabulary
@@ -180,10 +181,16 @@ def settings_of(args: argparse.Namespace, vae: AutoencoderKLMaisi) -> dict:
     }
 
 
-def check_settings(output_dir: Path, settings: dict) -> None:
-    """Refuse a folder whose latents were made with other settings; raises a `ValueError`."""
-    path = output_dir / "encode.json"
-    recorded = json.loads(path.read_text()) if path.is_file() else settings
+def check_output(output_dir: Path, names: list[str], settings: dict) -> None:
+    """Refuse a folder that has others' files, or latents of other settings; raises a `ValueError`."""
+    record = output_dir / "encode.json"
+    outputs = [path(output_dir, name) for name in names for path in (latent_path, label_path)]
+    there = [path for path in (*outputs, output_dir / "latents.json") if path.exists()]
+    if there and not record.is_file():  # looked for last: another process of this run writes it before any of these
+        raise ValueError(
+            f"{there[0]} is a file that this script did not write: choose another --output_dir, or --overwrite it"
+        )
+    recorded = json.loads(record.read_text()) if record.is_file() else settings
     for name, value in settings.items():
         if recorded.get(name) != value:
             raise ValueError(
@@ -211,25 +218,19 @@ def wanted_size(size: tuple[int, int, int], args: argparse.Namespace) -> tuple[i
     return args.size or nearest_multiple(size, args.size_multiple)
 
 
-def write_labels(path: Path, source: Path, labels: nib.Nifti1Image, on_grid: nib.Nifti1Image) -> set[int]:
+def write_labels(path: Path, labels: nib.Nifti1Image, on_grid: nib.Nifti1Image) -> set[int]:
     """
     Write a label map as it is on the grid of what is encoded.
 
     Args:
         path: of the file.
-        source: where the label map is from.
         labels: the label map.
         on_grid: the same on the grid.
 
     Returns:
         the labels that are too small for the grid.
-
-    Raises:
-        ValueError: if there is none on it.
     """
     array = np.asarray(on_grid.dataobj)
-    if not array.any():
-        raise ValueError(f"'{source}' has no label where the image is; check that it is this image's label map.")
     image = labels_to_nifti(array, on_grid.affine)
     image.header["descrip"] = "labels of an encoded volume"
     with write_atomically(path) as temporary:
@@ -246,7 +247,8 @@ def encode_case(
     description: str,
 ) -> None:
     """
-    Encode one case. Its latent is written last, so that whatever has one is complete.
+    Encode one case. What is there is replaced once all is encoded, the latent last, so that whatever has one is
+    complete.
 
     Raises:
         OSError, ValueError: a file that is missing, damaged or not what it should be.
@@ -261,16 +263,18 @@ def encode_case(
         if case.label is not None:
             labels = load_label_map(case.label)
             on_grid = resample_like(labels, volume, order=0, fill=0)
-    if case.label is not None:
-        lost = write_labels(label_path(args.output_dir, name), case.label, labels, on_grid)
-        if lost:
-            lost_names = ", ".join(label_name(index, vocabulary) for index in sorted(lost))
-            report(name, f"too small for {volume.shape} voxels and not in the label map any more: {lost_names}")
+    if case.label is not None and not np.asarray(on_grid.dataobj).any():
+        raise ValueError(f"'{case.label}' has no label where the image is; check that it is this image's label map.")
     latent = encode_volume(vae, volume)
     if args.posterior == "mean":
         latent = draw_latent(latent)
     elif args.posterior == "sample":
         latent = draw_latent(latent, case_generator(args.seed, 0, 0, f"posterior of {name}"))
+    if case.label is not None:
+        lost = write_labels(label_path(args.output_dir, name), labels, on_grid)
+        if lost:
+            lost_names = ", ".join(label_name(index, vocabulary) for index in sorted(lost))
+            report(name, f"too small for {volume.shape} voxels and not in the label map any more: {lost_names}")
     save_latent(latent_path(args.output_dir, name), latent, volume, description)
 
 
@@ -297,7 +301,8 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
 
     Raises:
         OSError: a data list or a VAE that is not there.
-        ValueError: a broken data list, a damaged VAE, sizes it cannot encode, or a folder with other settings.
+        ValueError: a broken data list, a damaged VAE, sizes it cannot encode, or a folder with others' files or other
+            settings.
     """
     data_list, root = read_cases(args)
     names = name_cases(data_list.cases, root, args.output_dir)
@@ -309,7 +314,7 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
     TILINGS[args.tiling](vae, *filter(None, [args.memory]))
     settings = settings_of(args, vae)
     if not args.overwrite:
-        check_settings(args.output_dir, settings)
+        check_output(args.output_dir, names, settings)
 
     state = PartialState(cpu=runs_on_cpu(), timeout=TIMEOUT)
     if state.is_main_process:
@@ -321,28 +326,26 @@ def encode(args: argparse.Namespace) -> tuple[int, list[str]]:
     descriptions = [describe(settings, None if encodes_labels(vae) else case.modality) for case in data_list.cases]
     jobs = list(zip(data_list.cases, names, descriptions))
     own_jobs = jobs[state.process_index :: state.num_processes]
+    own_failed = []
     for case, name, description in tqdm(own_jobs, desc="Encode", disable=not state.is_main_process):
         if is_encoded(case, name, args.output_dir, description) and not args.overwrite:
             continue
-        latent_path(args.output_dir, name).unlink(missing_ok=True)
         try:
             encode_case(case, name, vae, args, vocabulary, description)
         except (OSError, ValueError, MemoryError) as error:
+            own_failed.append(name)
             report(name, f"{error}")
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            own_failed.append(name)
             report(name, f"out of memory ({error})")
-    state.wait_for_everyone()
+    all_failed = set(gather_object(own_failed))
 
     failed = []
     if state.is_main_process:
-        cases = []
-        for case, name, description in jobs:
-            if is_encoded(case, name, args.output_dir, description):
-                cases.append(encoded_case(case, name, args.output_dir, ratio))
-            else:
-                failed.append(name)
+        failed = [name for name in names if name in all_failed]
+        cases = [encoded_case(case, name, args.output_dir, ratio) for case, name, _ in jobs if name not in all_failed]
         if cases:
             channels = vae.config.latent_channels
             latents = replace(data_list, cases=cases, latent_channels=channels, spatial_compression_ratio=ratio)

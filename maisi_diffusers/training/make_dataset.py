@@ -81,13 +81,15 @@ def label_settings(args: argparse.Namespace) -> dict:
 
 def check_output(args: argparse.Namespace) -> None:
     """Refuse a folder that has inputs, others' files, or label maps of other settings; raises a `ValueError`."""
-    folder, record = args.output_dir / "labels", args.output_dir / "prepare.json"
+    folder, data_list, record = (args.output_dir / name for name in ("labels", "dataset.json", "prepare.json"))
     inputs = [args.images, args.labels, *(Path(source) for _, _, source in args.new_class if Path(source).is_dir())]
     for path in inputs:
         if path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is where label maps are to be written: choose another --output_dir")
     if folder.is_dir() and any(folder.iterdir()) and not record.is_file():
         raise ValueError(f"{folder} has files that this script did not write: choose another --output_dir")
+    if data_list.exists() and not record.is_file():
+        raise ValueError(f"{data_list} is a file that this script did not write: choose another --output_dir")
     if args.overwrite or not record.is_file():
         return
     recorded = json.loads(record.read_text())

@@ -335,6 +335,18 @@ def test_another_vae_is_refused(encode, encoded, real_data, tmp_path):
     assert "made with vae=" in error_of(encode, real_data, output=encoded, vae=tmp_path / "other")
 
 
+@pytest.mark.parametrize("name", ["a/ct_emb.nii.gz", "b/ct_label.nii.gz", "latents.json"])
+def test_others_files_are_refused(encode, encoded, real_data, output, name):
+    """Such as the latents of others, which have the same names."""
+    (output / name).parent.mkdir(parents=True)
+    (output / name).write_bytes(b"theirs")
+    message = error_of(encode, real_data)
+    assert f"{output / name} is a file that this script did not write" in message and "or --overwrite it" in message
+    assert contents(output) == {name: b"theirs"}
+    encode(real_data, "--overwrite")
+    assert contents(output) == contents(encoded)
+
+
 def test_overwrite_goes_on_where_it_was_interrupted(encode, encoded, real_data, output, monkeypatch):
     """No latent of the old settings is taken for one of the new ones."""
     shutil.copytree(encoded, output)
@@ -391,11 +403,27 @@ def test_bad_files_are_left_out(encode, encoded, data, output, capsys, file, spo
     assert (output / "b/ct_emb.nii.gz").read_bytes() == (encoded / "b/ct_emb.nii.gz").read_bytes()
 
 
-def test_a_file_that_went_bad_loses_its_latent(encode, encoded, data, output):
+def test_a_file_that_went_bad_leaves_the_list(encode, encoded, data, output):
+    """What it was encoded to stays, as long as nothing takes its place."""
     shutil.copytree(encoded, output)
     (data / "a/ct.nii.gz").unlink()
     assert "1 of 2 cases failed" in error_of(encode, data, "--overwrite")
-    assert len(read_data_list(output / "latents.json").cases) == 1
+    assert [case.image for case in read_data_list(output / "latents.json").cases] == [output / "b/ct_emb.nii.gz"]
+    kept = contents(output)
+    assert all(kept[f"a/ct_{kind}.nii.gz"] == contents(encoded)[f"a/ct_{kind}.nii.gz"] for kind in ("emb", "label"))
+
+
+def test_nothing_is_replaced_before_all_is_encoded(encode, encoded, data, output, monkeypatch):
+    shutil.copytree(encoded, output)
+    mask = nib.load(data / "a/ct_mask.nii.gz")
+    nib.Nifti1Image(np.ones(mask.shape, np.uint8), mask.affine).to_filename(data / "a/ct_mask.nii.gz")
+
+    def encode_volume(vae, volume):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(encode_dataset, "encode_volume", encode_volume)
+    assert "2 of 2 cases failed" in error_of(encode, data, "--overwrite")
+    assert contents(output) == contents(encoded)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # of a GPU, of the CPU

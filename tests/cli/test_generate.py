@@ -276,7 +276,7 @@ def test_resume(base, tmp_path):
     complete = files_of(out)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     (out / "tiny_seed1.json").unlink()  # so that image 1 is not complete
-    (out / "tiny_seed1_ct.nii.gz").write_text("half")
+    shutil.copy(out / "tiny_seed0_ct.nii.gz", out / "tiny_seed1_ct.nii.gz")
     said = run_json("generate", *base, "--num", 4, "--resume")
     assert [image["skipped"] for image in said["images"]] == [True, False, True, False]
     assert files_of(out).items() >= complete.items()
@@ -306,8 +306,45 @@ def test_resume_refuses_other_settings(base, tmp_path):
     message = error_of("generate", *base, "--resume", "--guidance-scale", 2)
     assert "tiny_seed0.json was made with guidance_scale=None, not 2.0: --force it" in message
     assert files_of(tmp_path / "out") == before
-    (tmp_path / "out" / "tiny_seed0.json").write_text("{}")
-    assert "tiny_seed0.json is no record of an image" in error_of("generate", *base, "--resume")
+    record = json.loads(before["tiny_seed0.json"])
+    for broken in ({}, record | {"files": None}):
+        (tmp_path / "out" / "tiny_seed0.json").write_text(json.dumps(broken))
+        assert "tiny_seed0.json is no record of an image" in error_of("generate", *base, "--resume")
+
+
+@pytest.mark.parametrize("ending", ["_ct.nii.gz", "_labels.nii.gz", ".png"])
+def test_resume_keeps_files_of_others(base, tmp_path, ending, monkeypatch):
+    """Whatever runs that were killed have left."""
+    monkeypatch.setattr(generation, "load_pipeline", None)  # nothing is loaded to tell it
+    file = tmp_path / "out" / f"tiny_seed1{ending}"
+    file.parent.mkdir()
+    make_label_map().to_filename(file) if ending.endswith(".nii.gz") else file.write_text("mine")
+    before = files_of(tmp_path / "out")
+    message = error_of("generate", *base, "--num", 3, "--resume")
+    assert message.startswith(f"{file} is there and was not made by this command: --force, or choose another")
+    assert files_of(tmp_path / "out") == before
+
+
+def test_resume_of_an_image_without_labels_keeps_a_label_map_of_others(model, tmp_path):
+    options = ["--model", model, "--image-only", "--output", tmp_path]
+    run("generate", *options)
+    make_label_map().to_filename(tmp_path / "tiny_seed0_labels.nii.gz")
+    before = files_of(tmp_path)
+    assert [image["skipped"] for image in run_json("generate", *options, "--resume")["images"]] == [True]
+    (tmp_path / "tiny_seed0.png").unlink()
+    assert "tiny_seed0_labels.nii.gz is there and was not made" in error_of("generate", *options, "--resume")
+    assert files_of(tmp_path) == {name: content for name, content in before.items() if name != "tiny_seed0.png"}
+
+
+@pytest.mark.parametrize("left", [("_ct.nii.gz",), ("_ct.nii.gz", "_labels.nii.gz"), ENDINGS[:-1]])
+def test_resume_after_a_run_that_was_killed(base, tmp_path, left):
+    """As its files got their names, the record last."""
+    run("generate", *base)
+    complete = files_of(tmp_path / "out")
+    for ending in set(ENDINGS) - set(left):
+        (tmp_path / "out" / f"tiny_seed0{ending}").unlink()
+    assert [image["skipped"] for image in run_json("generate", *base, "--resume")["images"]] == [False]
+    assert files_of(tmp_path / "out") == complete
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -459,13 +496,23 @@ def test_nothing_is_left_of_a_write_that_fails(base, tmp_path, ending, monkeypat
     assert files_of(tmp_path / "out") == before
 
 
-def test_too_little_memory(base, monkeypatch):
-    def decode(*args):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."), MemoryError()],
+)
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("from_pretrained", "for this model: try --dtype bfloat16, or another --device"),
+        ("decode", "for this size: try a smaller --output-size"),
+    ],
+)
+def test_too_little_memory(base, monkeypatch, part, says, error):
+    def fail(*args, **kwargs):
+        raise error
 
-    monkeypatch.setattr(MaisiCTPipeline, "decode", decode)
-    message = error_of("generate", *base)
-    assert message == "there is not enough memory on cpu for this size: try a smaller --output-size"
+    monkeypatch.setattr(MaisiCTPipeline, part, fail)
+    assert error_of("generate", *base) == f"there is not enough memory on cpu {says}"
 
 
 def test_the_embedded_model(tmp_path, model, monkeypatch):

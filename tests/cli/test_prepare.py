@@ -397,6 +397,11 @@ BAD = {
         ["--overwrite"],
         "{data}/out/labels has files that this script did not write: choose another --output_dir",
     ),
+    "nnU-Net's dataset.json in the output": (
+        lambda d: (d / "dataset.json").write_text('{"channel_names": {"0": "CT"}}'),
+        ["--output_dir", "{data}", "--overwrite"],
+        "{data}/dataset.json is a file that this script did not write: choose another --output_dir",
+    ),
 }
 
 
