@@ -78,7 +78,8 @@ def is_up_to_date(path: Path, description: str, sources: Iterable[Path]) -> bool
     except UNREADABLE:  # a missing file's error is among them
         return False
     made = path.stat().st_mtime
-    return header["descrip"].item().decode(errors="replace") == description and all(s.stat().st_mtime <= made for s in sources)
+    told = header["descrip"].item().decode(errors="replace")
+    return told == description and all(source.stat().st_mtime <= made for source in sources)
 
 
 def ct_to_nifti(hu: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:

@@ -18,8 +18,8 @@ def spread(functions: list[Callable[[], torch.Tensor]], group: dist.ProcessGroup
 
 
 def latents_of_first(latents: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """What the first process of a group has: another GPU rounds otherwise, so that slabs of both do not quite meet, and
-    may have drawn more for its label map."""
+    """What the first process of a group has: another GPU rounds otherwise, so that its slabs would not quite meet, and
+    may have drawn more from the generator for its label map."""
     if group is not None:
         latents = latents.contiguous()
         dist.broadcast(latents, dist.get_global_rank(group, 0), group)
