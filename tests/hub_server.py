@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import re
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,12 +31,18 @@ class HubServer:
         token: what uploads need; none are accepted without.
 
     Attributes:
+        former: folders of commits that `main` has moved on from, by commit.
+        cut_off: paths of files after whose first half the connection is reset.
+        requests: how many there were.
         downloads: every file that was sent, as (repository, path in it).
         commits: every upload, as (repository, message).
     """
 
     def __init__(self, root: Path, tags: dict[str, set[str]] | None = None, token: str | None = None):
         self.root, self.tags, self.token = root, tags or {}, token
+        self.former: dict[str, Path] = {}
+        self.cut_off: set[str] = set()
+        self.requests = 0
         self.downloads: list[tuple[str, str]] = []
         self.commits: list[tuple[str, str]] = []
         self.port = 0  # any free one; the same again after a pause
@@ -63,9 +71,9 @@ class HubServer:
         finally:
             self.start()
 
-    def files(self, repo: str) -> dict[str, Path]:
+    def files(self, repo: str, revision: str | None = None) -> dict[str, Path]:
         """The files of a repository by their path in it."""
-        folder = self.root / repo
+        folder = self.former.get(revision, self.root / repo)
         return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def commit(self, repo: str) -> str:
@@ -84,12 +92,13 @@ _UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # noqa: N802, the name http.server looks for
         hub = self.server.hub
+        hub.requests += 1
         address = _ADDRESS.fullmatch(unquote(urlsplit(self.path).path))
-        files = hub.files(address[2]) if address else {}
+        files = hub.files(address[2], address[4]) if address else {}
         if not files:
             return self._refuse("RepoNotFound")
         is_api, repo, action, revision, path = address.groups()
-        commit = hub.commit(repo)
+        commit = revision if revision in hub.former else hub.commit(repo)
         if revision not in {None, "main", commit, *hub.tags.get(repo, ())}:
             return self._refuse("RevisionNotFound")
 
@@ -101,7 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "resolve" and path in files:
             entry = _tree_entry(path, files[path])
             self._send_head(entry["size"], {"X-Repo-Commit": commit, "ETag": f'"{entry["lfs"]["oid"]}"'})
-            if self.command == "GET":
+            if self.command == "GET" and path in hub.cut_off:
+                self.wfile.write(files[path].read_bytes()[: entry["size"] // 2])
+                self._reset()
+            elif self.command == "GET":
                 hub.downloads.append((repo, path))
                 self.wfile.write(files[path].read_bytes())
             return None
@@ -153,6 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(size), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()  # which would keep the connection open
+        self.connection.close()
 
     def log_message(self, *args) -> None:
         pass

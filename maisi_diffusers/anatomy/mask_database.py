@@ -18,6 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -239,11 +240,11 @@ class MaisiMaskDatabase:
     ) -> list["FoundMask"]:
         """Label maps on the wanted grid: those that have it, chosen at random, and if they are too few the nearest
         others, resampled, and cropped or padded about their centre (published rule). Of equally near ones it is
-        chosen at random, and none is chosen twice while there are others.
+        chosen at random, and one generator chooses none twice while there are others.
 
         Args:
             num: how many.
-            generator: one, or one for each of them; the same ones find the same.
+            generator: one, or one for each of them, which finds what it finds alone; the same ones find the same.
             output_size: voxels along X, Y, Z.
             spacing: mm along X, Y, Z.
             request: the other arguments of [`search`].
@@ -264,34 +265,36 @@ class MaisiMaskDatabase:
         wanted = {label_index(anatomy, vocabulary) for anatomy in request.get("anatomy_list") or ()}
         unwanted = set(request.get("tumors", TUMORS)) - wanted
         regions = {region_of_word(word) for word in request.get("body_region") or ()}
-        passed_over, reasons = 0, Counter()
-        found: dict[MaskEntry, FoundMask] = {}
-        while True:
-            distances = [
-                0.0 if _has_grid(entry, output_size, spacing) else grid_distance(entry, output_size, spacing)
-                for entry in entries
-            ]
-            chosen = self.select(entries, num, generator, distances)
-            for entry in chosen:
-                if entry not in found:
-                    found[entry] = self._load_on_grid(entry, output_size, spacing)
-            spoiled = {
-                entry: reason
-                for entry in set(chosen)
-                if (reason := _shortcomings(found[entry], wanted, unwanted, regions, vocabulary))
-            }
-            if not spoiled:
-                return [found[entry] for entry in chosen]
-            for entry, reason in spoiled.items():
-                reasons.update(reason)
-                del found[entry]  # there may be thousands, and each is a volume
-            passed_over += len(spoiled)
-            entries = [entry for entry in entries if entry not in spoiled]
-            if not entries or passed_over >= MAX_LOADED:
+        distances = {
+            entry: 0.0 if _has_grid(entry, output_size, spacing) else grid_distance(entry, output_size, spacing)
+            for entry in entries
+        }
+
+        @cache  # of those that are passed over no more than the reasons: each is a volume
+        def read(entry: MaskEntry) -> FoundMask | list[str]:
+            mask = self._load_on_grid(entry, output_size, spacing)
+            return _shortcomings(mask, wanted, unwanted, regions, vocabulary) or mask
+
+        found: list[FoundMask] = []
+        is_shared = not isinstance(generator, list)
+        for one in [generator] * num if is_shared else generator:
+            taken = [mask.entry for mask in found] if is_shared else []
+            left, reasons = distances.copy(), Counter()
+            for _ in range(min(len(distances), MAX_LOADED)):
+                (entry,) = self.select(list(left), 1, one, list(left.values()), taken)
+                mask = read(entry)
+                if isinstance(mask, FoundMask):
+                    found.append(mask)
+                    break
+                reasons.update(mask)
+                del left[entry]
+            else:
                 raise ValueError(
-                    f"none of {passed_over} label maps has what was asked for on {_grid(output_size, spacing)}: they "
-                    f"are {_counts(reasons)}; give a larger field of view or a finer spacing"
+                    f"none of {len(distances) - len(left)} label maps has what was asked for on "
+                    f"{_grid(output_size, spacing)}: they are {_counts(reasons)}; give a larger field of view or a "
+                    "finer spacing"
                 )
+        return found
 
     def _load_on_grid(
         self, entry: MaskEntry, size: tuple[int, int, int], spacing: tuple[float, float, float]
@@ -313,25 +316,30 @@ class MaisiMaskDatabase:
         num: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
         distances: Sequence[float] | None = None,
+        taken: Iterable[MaskEntry] = (),
     ) -> list[MaskEntry]:
-        """Choose at random, each label map once before any is chosen twice.
+        """Choose at random. One generator chooses each label map once before any twice; of several each chooses
+        whatever the others choose.
 
         Args:
             entries: what to choose from, one at least.
             num: how many.
             generator: one, or one for each of them; the same ones choose the same.
             distances: of the entries, the nearer of which come first; without, they are all alike.
+            taken: what was chosen before.
         """
-        generators = generator if isinstance(generator, list) else [generator] * num
-        times = [0] * len(entries)
-        distances = distances or times.copy()
+        is_shared = not isinstance(generator, list)
+        counts = Counter(taken)
+        times = [counts[entry] for entry in entries]
+        distances = distances or [0.0] * len(entries)
         chosen = []
-        for one in generators:
+        for one in [generator] * num if is_shared else generator:
             device = "cpu" if one is None else one.device
             order = torch.randperm(len(entries), generator=one, device=device).tolist()
             # Of those chosen least and of them the nearest the first; what rounding makes of spacings is no distance.
             choice = min(order, key=lambda i: (times[i], round(distances[i], 2)))
-            times[choice] += 1
+            if is_shared:
+                times[choice] += 1
             chosen.append(entries[choice])
         return chosen
 

@@ -95,6 +95,8 @@ def _checked_members(archive: zipfile.ZipFile, source: Path) -> dict[str, zipfil
     """The members of a .zip by their path."""
     members, unpacked = {}, 0
     for member in archive.infolist():
+        if member.is_dir() and not PurePosixPath(member.filename).parts:
+            continue  # "./", the folder itself, as bsdtar writes it
         try:
             path = safe_name(member.filename)
         except ValueError as error:

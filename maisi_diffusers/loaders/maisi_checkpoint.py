@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -99,6 +99,25 @@ VERSIONS = {
 REQUIRED = ("vae", "unet")
 
 
+def find_checkpoint(source: str | os.PathLike, version: str, **hub_kwargs) -> Repository:
+    """
+    Where a published model is: a folder, or a Hub repository at one commit, so that all that is read from it belongs
+    together. Its UNet is downloaded.
+
+    Args:
+        source: a folder in the published layout, or a Hub repository id.
+        version: `rflow-ct`, `ddpm-ct`, `rflow-mr` or `rflow-mr-brain`.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        FileNotFoundError: a source that is not there, or a Hub that cannot be reached.
+        ValueError: an unknown version.
+    """
+    if version not in VERSIONS:
+        raise ValueError(f"version={version!r} is not known: use one of {', '.join(VERSIONS)}")
+    return Repository(source, **hub_kwargs).pinned(*VERSIONS[version].files["unet"])
+
+
 def load_maisi_checkpoint(
     source: str | os.PathLike,
     version: str,
@@ -132,12 +151,10 @@ def load_maisi_checkpoint(
         FileNotFoundError: a source or a required file that is not there, or a Hub that cannot be reached.
         ValueError: an unknown version; a damaged or unsafe file; a key missing or unexpected or of another shape.
     """
-    if version not in VERSIONS:
-        raise ValueError(f"version={version!r} is not known: use one of {', '.join(VERSIONS)}")
+    hub_kwargs = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    repository = find_checkpoint(source, version, revision=revision, **hub_kwargs)
     spec = VERSIONS[version]
-    folders = _find_folders(
-        source, spec, revision, {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    )
+    folders = _find_folders(repository, spec)
     paths = {name: _find_file(folders[name], names) for name, names in spec.files.items()}
     for name in REQUIRED:
         if paths[name] is None:
@@ -181,7 +198,7 @@ def load_maisi_checkpoint(
     return components
 
 
-def _find_folders(source: str | os.PathLike, spec: Version, revision: str | None, hub_kwargs: dict) -> dict[str, Path]:
+def _find_folders(repository: Repository, spec: Version) -> dict[str, Path]:
     """The local folder that each component's file is looked for in; Hub repositories are downloaded first."""
 
     def fetch(repository: Repository, components: list[str]) -> Path:
@@ -190,13 +207,13 @@ def _find_folders(source: str | os.PathLike, spec: Version, revision: str | None
             patterns.append(f"configs/config_network_{spec.kind}.json")
         return repository.fetch(*patterns)
 
-    if os.path.isdir(source):
-        return dict.fromkeys(spec.files, Path(source))
+    if os.path.isdir(repository.source):
+        return dict.fromkeys(spec.files, Path(repository.source))
     own = [name for name in spec.files if name != "vae" or spec.vae_repo is None]
-    folders = dict.fromkeys(own, fetch(Repository(source, revision, **hub_kwargs), own))
+    folders = dict.fromkeys(own, fetch(repository, own))
     if spec.vae_repo is not None:
         # A revision of the model's own repository says nothing about another's.
-        folders["vae"] = fetch(Repository(spec.vae_repo, **hub_kwargs), ["vae"])
+        folders["vae"] = fetch(replace(repository, source=spec.vae_repo, revision=None), ["vae"])
     return folders
 
 

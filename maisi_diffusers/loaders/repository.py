@@ -1,11 +1,16 @@
 """Where a model's files are: in a folder, or in a Hub repository that they are downloaded from."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, XetDownloadError
+
+# What a download ends in where the Hub refuses, or it, a proxy or the line between fails. The first is from the HTTP
+# library, whichever huggingface_hub is built on, and the last three are from the one for its large files.
+UNREACHABLE = (HTTPError, LocalEntryNotFoundError, XetDownloadError, ConnectionError, TimeoutError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,18 @@ class Repository:
                 local_files_only=self.local_files_only,
                 allow_patterns=list(patterns),
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        except UNREACHABLE as error:
             raise FileNotFoundError(
                 f"{self.source!r} at revision={self.revision!r} is neither a folder nor a Hub repository that can be "
-                f"read from here ({type(error).__name__}): check name and network, and `hf auth login` if it is "
-                "private or gated"
+                f"read from here ({type(error).__name__}): check name, network and proxy, and `hf auth login` if it "
+                "is private or gated; what is downloaded stays for another try"
             ) from error
         return Path(folder)
+
+    def pinned(self, *patterns: str) -> Self:
+        """
+        This repository at the commit that the files matching the patterns are of, see [`fetch`]; a folder as it is.
+        """
+        folder = self.fetch(*patterns)
+        # The cache has a folder a commit, named by it.
+        return self if os.path.isdir(self.source) else replace(self, revision=folder.name)

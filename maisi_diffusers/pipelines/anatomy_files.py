@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..anatomy import MaisiMaskDatabase, check_sizes, read_size_conditions
-from ..files import write_atomically
+from ..anatomy.mask_database import CANDIDATES
+from ..files import remove, write_atomically
 from ..loaders import Repository
 
 FOLDER = "mask_database"
@@ -32,7 +33,7 @@ class AnatomyFiles:
     def __init__(
         self,
         repository: Repository | None = None,
-        candidates: str = f"{FOLDER}/candidate_masks.json",
+        candidates: str = f"{FOLDER}/{CANDIDATES}",
         masks: str = f"{FOLDER}/masks",
         size_conditions: str = f"{FOLDER}/{SIZE_CONDITIONS}",
     ):
@@ -74,9 +75,12 @@ class AnatomyFiles:
     def save(self, directory: str | os.PathLike) -> None:
         """Copy what there is into the folder of a repository, in the place of what that has: all of it or nothing."""
         database, conditions = self.mask_database, self.size_conditions
+        target = Path(directory) / FOLDER
         if database is None and conditions is None:
+            if any((target / name).is_file() for name in (CANDIDATES, SIZE_CONDITIONS)):
+                remove(target)  # another model's, which would be taken for this one's
             return
-        with write_atomically(Path(directory) / FOLDER) as folder:
+        with write_atomically(target) as folder:
             folder.mkdir()
             if database is not None:
                 database.save(folder)

@@ -22,7 +22,6 @@ from ..anatomy import (
     add_body_label,
     augment,
     check_quality,
-    complete_anatomy_size,
     describe_outliers,
     label_bits,
     label_index,
@@ -50,7 +49,7 @@ from ..imaging import (
     to_hu,
     to_ras,
 )
-from ..loaders import VERSIONS, Repository, load_maisi_checkpoint
+from ..loaders import VERSIONS, find_checkpoint, load_maisi_checkpoint
 from ..models import AutoencoderKLMaisi, MaisiControlNetModel, MaisiUNet3DConditionModel
 from ..schedulers import MaisiRFlowScheduler
 from ..schedulers.flow_solvers import set_timesteps
@@ -204,7 +203,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         Args:
             source: a folder in the published layout (`models/*.pt`, optionally `configs/config_network_*.json` and
                 `datasets`), or a Hub repository id such as `"nvidia/NV-Generate-CT"`, from which `datasets` is
-                downloaded when it is first needed.
+                downloaded when it is first needed, at the commit that the networks are of.
             version: `"rflow-ct"`, `"ddpm-ct"`, `"rflow-mr"` or `"rflow-mr-brain"`.
             torch_dtype: dtype of the networks.
             strict: an unexpected key in a file is an error; otherwise it is dropped with a warning.
@@ -214,6 +213,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             FileNotFoundError: a source or a required file that is not there.
             ValueError: an unknown version; a damaged or unsafe file; a key missing, unexpected or of another shape.
         """
+        repository = find_checkpoint(source, version, **hub_kwargs)
+        hub_kwargs["revision"] = repository.revision
         components = load_maisi_checkpoint(source, version, torch_dtype, strict, **hub_kwargs)
         is_ct = version.endswith("-ct")
         pipe = cls(
@@ -225,7 +226,7 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             recommended_fovs=MR_FOVS.get(version),
         )
         if VERSIONS[version].anatomy is not None:
-            pipe._anatomy_files = AnatomyFiles(Repository(source, **hub_kwargs), **VERSIONS[version].anatomy)
+            pipe._anatomy_files = AnatomyFiles(repository, **VERSIONS[version].anatomy)
         return pipe
 
     @property
@@ -594,11 +595,8 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
         spacing: tuple[float, float, float],
     ) -> tuple[list[nib.Nifti1Image], list[dict]]:
         """Label maps made by [`MaisiMaskPipeline`], one an image, on the wanted grid, and its reports; the sizes that
-        are not given are those of a real case, where the model has some. What was made and is not on the grid is
-        warned of."""
-        if controllable_anatomy_size is not None and self.anatomy_size_conditions is not None:
-            anatomy_size = complete_anatomy_size(controllable_anatomy_size, self.anatomy_size_conditions)
-            controllable_anatomy_size = None
+        are not given are those of a real case, where the model has some. What was asked for and made, and is not on
+        the grid, is warned of."""
         mask_pipeline = MaisiMaskPipeline(
             self.mask_vae,
             self.mask_unet,
@@ -610,11 +608,18 @@ class MaisiCTPipeline(AnatomyFilesMixin, DiffusionPipeline):
             mask_size_ranges=self.config.mask_size_ranges,
         )
         mask_pipeline.set_progress_bar_config(**{"desc": "Label map", **getattr(self, "_progress_bar_config", {})})
-        made = mask_pipeline(controllable_anatomy_size, anatomy_size, num_images, generator=generator)
+        made = mask_pipeline(
+            controllable_anatomy_size,
+            anatomy_size,
+            num_images,
+            generator=generator,
+            anatomy_size_conditions=None if controllable_anatomy_size is None else self.anatomy_size_conditions,
+        )
         masks = [resample_to_grid(mask, output_size, spacing, order=0, fill=0) for mask in made.masks]
         for i, (mask, report) in enumerate(zip(masks, made.reports)):
             present = labels_present(np.asarray(mask.dataobj))
-            lost = [name for name, one in report["anatomy"].items() if one["ml"] and LABELS[name] not in present]
+            asked = {name: one["ml"] for name, one in report["anatomy"].items() if "asked" in one}
+            lost = [name for name, ml in asked.items() if ml and LABELS[name] not in present]
             if lost:
                 warnings.warn(
                     f"label map {i} was made with {', '.join(lost)}, which is not on the grid {output_size} of "

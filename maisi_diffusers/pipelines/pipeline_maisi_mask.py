@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from numbers import Real
 
@@ -18,6 +18,7 @@ from ..anatomy import (
     TUMORS,
     anatomy_sizes,
     clean_up,
+    complete_anatomy_size,
     fit_tumor,
     remove_crumbs,
     volume_of_size,
@@ -168,7 +169,12 @@ class MaisiMaskPipeline(DiffusionPipeline):
         return table[self.mask_vae.decode_classes(latents).long()]
 
     def finish(
-        self, mask: np.ndarray, sizes: list[float], is_cleaned: bool, generator: torch.Generator | None = None
+        self,
+        mask: np.ndarray,
+        sizes: list[float],
+        is_cleaned: bool,
+        generator: torch.Generator | None = None,
+        asked: Collection[str] = CONTROLLABLE_ANATOMY,
     ) -> tuple[np.ndarray, dict]:
         """
         Clean a label map up, bring its tumor to the size asked for where the model says how sizes are measured, and
@@ -176,32 +182,33 @@ class MaisiMaskPipeline(DiffusionPipeline):
 
         Args:
             mask: uint8 (X, Y, Z) as it was decoded.
-            sizes: of [`CONTROLLABLE_ANATOMY`], as they were asked for.
+            sizes: of [`CONTROLLABLE_ANATOMY`], as the network was told.
             is_cleaned: or leave it as it is.
             generator: draws the place of a tumor that the networks left out.
+            asked: names of those that were asked for; the others are a real case's.
 
         Returns:
             the label map, and its report, see [`MaisiMaskPipelineOutput`].
         """
-        asked = {name: size for name, size in zip(CONTROLLABLE_ANATOMY, sizes) if size != ABSENT}
+        told = {name: size for name, size in zip(CONTROLLABLE_ANATOMY, sizes) if size != ABSENT}
         spacing, ranges = self.config.mask_spacing, self.config.mask_size_ranges
         voxel = math.prod(spacing) / 1000
         done = crumbs = drawn = None
-        tumor = next((name for name in asked if LABELS[name] in TUMORS), None)
+        tumor = next((name for name in told if LABELS[name] in TUMORS), None)
         if is_cleaned:
             mask, crumbs = remove_crumbs(mask)
             mask, done = clean_up(mask, LABELS.get(tumor))
             if tumor is not None and ranges is not None:
                 drawn = np.count_nonzero(mask == LABELS[tumor]) * voxel
-                ml = volume_of_size(asked[tumor], ranges[tumor])
+                ml = volume_of_size(told[tumor], ranges[tumor])
                 mask = fit_tumor(mask, LABELS[tumor], ml, spacing, generator, stray=STRAY)
         reached = None
         if ranges is not None:
             reached = dict(zip(CONTROLLABLE_ANATOMY, anatomy_sizes(mask, spacing, ranges)))
         anatomy = {}
-        for name, size in asked.items():
+        for name, size in told.items():
             ml = np.count_nonzero(mask == LABELS[name]) * voxel
-            anatomy[name] = {"asked": size, "ml": round(float(ml), 2)}
+            anatomy[name] = {"asked" if name in asked else "completed": size, "ml": round(float(ml), 2)}
             if reached is not None:
                 anatomy[name]["reached"] = reached[name]
         if drawn is not None:
@@ -222,11 +229,13 @@ class MaisiMaskPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        anatomy_size_conditions: list[list[float]] | None = None,
     ) -> MaisiMaskPipelineOutput | tuple:
         r"""
         Args:
             controllable_anatomy_size: pairs of name and size, e.g. `[("liver", 0.5), ("hepatic tumor", 0.3)]`: 0..1,
-                or -1 for absent; at most one tumor. The anatomy not named is absent.
+                or -1 for absent; at most one tumor. The anatomy not named is absent, or as large as in the nearest of
+                `anatomy_size_conditions`.
             anatomy_size: the whole vector of 10 sizes instead.
             num_images: label maps to make.
             num_inference_steps: the model's own number if not given.
@@ -239,6 +248,8 @@ class MaisiMaskPipeline(DiffusionPipeline):
             return_dict: return a [`MaisiMaskPipelineOutput`] instead of a tuple.
             callback_on_step_end: called after every step as `callback(pipe, step, timestep, {"latents": ...})`.
             callback_on_step_end_tensor_inputs: `["latents"]` or `[]`.
+            anatomy_size_conditions: the 10 sizes of real cases, by which the organs that `controllable_anatomy_size`
+                does not name get theirs, see [`~maisi_diffusers.anatomy.complete_anatomy_size`].
 
         Raises:
             ValueError: for arguments that are out of range or contradict each other, before any network runs.
@@ -252,7 +263,10 @@ class MaisiMaskPipeline(DiffusionPipeline):
         self._interrupt = False
 
         # 1. Check inputs
-        sizes = anatomy_size_vector(controllable_anatomy_size, anatomy_size)
+        sizes, asked = anatomy_size_vector(controllable_anatomy_size, anatomy_size), CONTROLLABLE_ANATOMY
+        if controllable_anatomy_size is not None and anatomy_size_conditions is not None:
+            sizes = complete_anatomy_size(controllable_anatomy_size, anatomy_size_conditions)
+            asked = [name for name, _ in controllable_anatomy_size]
         latent_shape = (num_images, self.mask_unet.config.in_channels, *self.config.mask_latent_size)
         check_sampling(
             self.mask_scheduler,
@@ -297,9 +311,11 @@ class MaisiMaskPipeline(DiffusionPipeline):
         else:
             masks = self.decode(latents)[:, 0].cpu().numpy()
             generators = generator if isinstance(generator, list) else [generator] * num_images
-            masks, reports = zip(*(self.finish(mask, sizes, clean_up, one) for mask, one in zip(masks, generators)))
+            masks, reports = zip(
+                *(self.finish(mask, sizes, clean_up, one, asked) for mask, one in zip(masks, generators))
+            )
             for i, report in enumerate(reports):
-                missing = [name for name, one in report["anatomy"].items() if not one["ml"]]
+                missing = [name for name, one in report["anatomy"].items() if "asked" in one and not one["ml"]]
                 if missing:
                     warnings.warn(
                         f"label map {i} has no {' and no '.join(missing)}, which was asked for: another seed may give "

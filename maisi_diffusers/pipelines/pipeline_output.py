@@ -34,11 +34,11 @@ class MaisiMaskPipelineOutput(BaseOutput):
     Args:
         masks: by `output_type`: `"nifti"` a list of `nibabel.Nifti1Image`, uint8; `"np"` uint8 (N, X, Y, Z); `"pt"`
             uint8 (N, 1, X, Y, Z); `"latent"` (N, C, X/4, Y/4, Z/4).
-        reports: of every label map a dict: `"anatomy"`, name -> `"asked"`, the size asked for, and `"ml"`, the volume
-            reached, with `"reached"`, its size, and `"drawn_ml"`, what the clean-up had left of a tumor before it was
-            brought to its size, where the model says how sizes are measured; `"clean_up"`, `"crumbs"`, the voxels of
-            pieces that are no anatomy, and the fields of [`~maisi_diffusers.anatomy.CleanUpReport`], `None` without.
-            `None` for latents.
+        reports: of every label map a dict: `"anatomy"`, name -> `"asked"`, the size asked for, or `"completed"`, a
+            real case's for an organ that was not named, and `"ml"`, the volume reached, with `"reached"`, its size,
+            and `"drawn_ml"`, what the clean-up had left of a tumor before it was brought to its size, where the model
+            says how sizes are measured; `"clean_up"`, `"crumbs"`, the voxels of pieces that are no anatomy, and the
+            fields of [`~maisi_diffusers.anatomy.CleanUpReport`], `None` without. `None` for latents.
     """
 
     masks: list[nib.Nifti1Image] | np.ndarray | torch.Tensor

@@ -158,8 +158,7 @@ def test_selection_by_a_generator_each(database):
     entries = database.search()
     alone = [database.select(entries, 1, [seeded(seed)])[0] for seed in (0, 1, 0)]
     together = database.select(entries, 3, [seeded(0), seeded(1), seeded(0)])
-    assert together[:2] == alone[:2] and alone[0] != alone[1]
-    assert len({*names(together)}) == 3  # the third takes another than the first
+    assert together == alone and alone[0] != alone[1]
     torch.manual_seed(5)
     without = database.select(entries, 2)
     torch.manual_seed(5)
@@ -291,6 +290,7 @@ UNSAFE = {
     "above it further down": (lambda path: add_member(path, "a/../../evil.nii.gz"), "evil.nii.gz", "without '..'"),
     "absolute": (lambda path: add_member(path, "/etc/evil.nii.gz"), "'/etc/evil.nii.gz'", "relative"),
     "a drive": (lambda path: add_member(path, "C:/evil.nii.gz"), "'C:/evil.nii.gz'", "drive"),
+    "no name": (lambda path: add_member(path, "."), "'.'", "relative"),
     "backslashes": (lambda path: add_member(path, "..\\evil.nii.gz"), "evil.nii.gz", "backslashes"),
     "symbolic link": (
         lambda path: add_member(path, "evil.nii.gz", b"/etc/passwd", stat.S_IFLNK),
@@ -330,6 +330,13 @@ def test_unsafe_zip(tmp_path, case):
     for text in expected:
         assert text in message, message
     assert sorted(tmp_path.parent.rglob("*")) == before
+
+
+def test_zip_with_an_entry_for_the_folder_itself(tmp_path):
+    """As bsdtar writes it."""
+    database = MaisiMaskDatabase(make_database(tmp_path, zipped=True))
+    add_member(tmp_path / "masks.zip", "./", mode=stat.S_IFDIR)
+    assert database.load(database.entries[0]).shape == SIZE
 
 
 def test_zip_that_is_too_large_as_a_whole(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from maisi_diffusers import MaisiMaskDatabase
 from maisi_diffusers.anatomy import mask_database
@@ -60,11 +61,41 @@ def test_equally_near_ones_are_chosen_at_random(database):
     assert first == again and first[2] == "chest/large"
 
 
-def test_a_generator_for_each(database):
-    grid = {"output_size": (24, 16, 40), "spacing": SPACING}
-    alone = [names(database.find(1, [seeded(seed)], body_region=["chest"], **grid))[0] for seed in (3, 4)]
-    together = names(database.find(2, [seeded(3), seeded(4)], body_region=["chest"], **grid))
-    assert together[0] == alone[0]
+@pytest.fixture
+def loaded(database, monkeypatch):
+    """What is loaded of a database of lungs, all alike but that every other one has none after all."""
+    entries = [replace(database.entries[0], pseudo_label_filename=f"{i}.nii.gz") for i in range(40)]
+    loaded = []
+
+    def load(entry):
+        loaded.append(entry)
+        return make_mask([28, 200] if entries.index(entry) % 2 else [200], SIZE, SPACING)
+
+    monkeypatch.setattr(database, "entries", entries)
+    monkeypatch.setattr(database, "load", load)
+    return loaded
+
+
+def test_a_generator_for_each(database, loaded):
+    """Finds what it finds alone, whatever is passed over for the others, and leaves it the same noise."""
+
+    def find(*seeds):
+        generators = [seeded(seed) for seed in seeds]
+        found = names(database.find(len(seeds), generators, anatomy_list=[28], **GRID))
+        return [(name, torch.rand(1, generator=one).item()) for name, one in zip(found, generators)]
+
+    alone = [*find(0), *find(1), *find(2), *find(0)]
+    assert len(loaded) > len(alone)  # some were passed over
+    loaded.clear()
+    assert find(0, 1, 2, 0) == alone and len(loaded) == len(set(loaded))
+
+
+def test_what_is_loaded_for_one_image_stays_its_own(database, loaded):
+    """Of the volumes no more are read, and kept, than are chosen or passed over."""
+    found = database.find(4, seeded(), anatomy_list=[28], **GRID)
+    assert len({*names(found)}) == 4
+    usable = [entry for entry in loaded if database.entries.index(entry) % 2]
+    assert usable == [mask.entry for mask in found] and len(loaded) > len(found)
 
 
 def test_one_that_loses_what_was_asked_for_is_passed_over(tmp_path):

@@ -1,12 +1,16 @@
 """Published checkpoints from the Hub, which is a server on this machine here."""
 
+import errno
 import os
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError, XetDownloadError
 
+from maisi_diffusers.loaders import Repository, repository
 from tests.hub_server import HubServer, process_on
 from tests.parity.monai_reference import SCALE_FACTOR
 
@@ -99,6 +103,33 @@ def test_what_is_not_in_the_cache(hub, process, tmp_path):
             error, message = process.submit(load, CT, "rflow-ct", cache_dir=tmp_path, **options).result()
             assert error == "FileNotFoundError" and repr(CT) in message and "network" in message
             assert "\n" not in message
+
+
+def test_a_download_that_is_cut_off(hub, process, tmp_path, downloads):
+    hub.cut_off.add(FILES["vae"])
+    error, message = process.submit(load, CT, "rflow-ct", cache_dir=tmp_path).result()
+    assert error == "FileNotFoundError" and repr(CT) in message and "ReadError" in message and "network" in message
+    assert "\n" not in message
+    hub.cut_off.clear()
+    sizes, _ = process.submit(load, CT, "rflow-ct", cache_dir=tmp_path).result()
+    assert set(sizes) == set(FILES)
+    assert sorted(downloads) == sorted((CT, name) for name in (*FILES.values(), CONFIG))  # none again
+
+
+@pytest.mark.parametrize("error", [HTTPError("of a proxy"), XetDownloadError(), RuntimeError(), ConnectionError()])
+def test_what_else_a_download_can_end_in(monkeypatch, error):
+    monkeypatch.setattr(repository, "snapshot_download", mock.Mock(side_effect=error))
+    message = f"'{CT}' .* \\({type(error).__name__}\\): check name, network and proxy"
+    with pytest.raises(FileNotFoundError, match=message):
+        Repository(CT).fetch("*")
+
+
+def test_a_full_disk_is_not_the_network(monkeypatch):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(repository, "snapshot_download", mock.Mock(side_effect=error))
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        Repository(CT).fetch("*")
+    assert raised.value is error
 
 
 def test_no_such_repository(process, tmp_path):

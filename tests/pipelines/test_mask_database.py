@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
-from maisi_diffusers import MaisiCTPipeline, MaisiMaskDatabase
+from maisi_diffusers import MaisiCTPipeline, MaisiMaskDatabase, MaisiMaskPipeline
+from maisi_diffusers.anatomy import LABELS
 from maisi_diffusers.pipelines.anatomy_files import AnatomyFiles
 from tests.mask_databases import FINE, LARGE, MASKS, make_database, make_mask
 from tests.tiny import SIZE, SPACING, make_label_map, make_pipeline, seeded
@@ -103,7 +106,7 @@ def test_a_variant_of_a_looked_up_label_map(pipe, masks_only):
 def test_a_tumor_that_cannot_move(pipe, masks_only):
     """A slab of lung tumor between others than lung."""
     with pytest.warns(UserWarning, match="lung tumor stays where it is in 'chest/tumor.nii.gz': in 60 tries"):
-        label_maps, _ = masks_only(pipe, anatomy_list=["lung tumor"], **GRID)
+        label_maps, _ = masks_only(pipe, anatomy_list=["lung tumor"], **GRID, generator=seeded())
     assert looked_up(label_maps[0]) == "chest/tumor"
 
 
@@ -133,7 +136,7 @@ def test_several_images(pipe):
 
 
 def test_more_images_than_label_maps(pipe, masks_only):
-    label_maps, _ = masks_only(pipe, anatomy_list=["lung tumor"], **GRID, num_images=3)
+    label_maps, _ = masks_only(pipe, anatomy_list=["lung tumor"], **GRID, num_images=3, augment_mask=False)
     assert [looked_up(labels) for labels in label_maps] == ["chest/tumor"] * 3
 
 
@@ -173,11 +176,12 @@ def test_default_grid(folder, masks_only):
     ):
         pipe(body_region=["chest"])
     pipe.register_to_config(default_output_size=list(SIZE), default_spacing=list(SPACING))
-    label_maps, conditions = masks_only(pipe, anatomy_list=["lung tumor"])
+    as_it_is = {"augment_mask": False}
+    label_maps, conditions = masks_only(pipe, anatomy_list=["lung tumor"], **as_it_is)
     assert looked_up(label_maps[0]) == "chest/tumor" and conditions["spacing"].tolist() == [[200, 200, 300]]
-    label_maps, conditions = masks_only(pipe, output_size=LARGE, spacing=SPACING, body_region=["chest"])
+    label_maps, _ = masks_only(pipe, output_size=LARGE, spacing=SPACING, body_region=["chest"], **as_it_is)
     assert looked_up(label_maps[0]) == "chest/large"
-    label_maps, conditions = masks_only(pipe, output_size=SIZE, spacing=FINE, anatomy_list=["pancreatic tumor"])
+    label_maps, _ = masks_only(pipe, output_size=SIZE, spacing=FINE, anatomy_list=["pancreatic tumor"], **as_it_is)
     assert looked_up(label_maps[0]) == "abdomen/pancreas too"
     _, conditions = masks_only(pipe, image_only=True)
     assert conditions["spacing"].tolist() == [[200, 200, 300]]
@@ -249,6 +253,34 @@ def test_anatomy_sizes_are_completed(monkeypatch):
     completed = [0.2, 0.75, 0.3, 0.4, 0.5, -1, -1, 0.25, -1, -1]
     assert sizes_of_generated(pipe, monkeypatch, **sizes) == pytest.approx(completed)
     assert sizes_of_generated(pipe, monkeypatch, anatomy_size=given) == given  # the whole vector is left alone
+
+
+def test_what_completes_the_sizes_was_not_asked_for(monkeypatch):
+    """The report says so, and no warning names it."""
+    labels = np.zeros((16, 16, 16), dtype=np.uint8)
+    labels[1:15, 1:15, 1:15] = LABELS["body"]
+    labels[1:4, 1:4, 1:4], labels[12:15, 12:15, 12:15] = LABELS["liver"], LABELS["pancreas"]  # in the corners
+    monkeypatch.setattr(MaisiMaskPipeline, "decode", lambda *_: torch.from_numpy(labels.copy())[None, None])
+    pipe = make_pipeline("rflow-ct")
+    pipe.anatomy_size_conditions = ROWS
+    sizes = [("liver", 0.75), ("stomach", 0.3)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, (report,) = pipe.generate_masks(sizes, None, 1, seeded(), (8, 8, 8), (6.0, 6.0, 6.0))
+    messages = [str(one.message) for one in caught if one.category is UserWarning]
+    assert len(messages) == 2
+    assert "has no stomach, which was asked for" in messages[0]
+    assert "was made with liver, which is not on the grid" in messages[1]
+    ml = 27 * 6**3 / 1000
+    assert report["anatomy"] == {
+        "gallbladder": {"completed": 0.2, "ml": 0},
+        "liver": {"asked": 0.75, "ml": pytest.approx(ml, abs=0.01)},
+        "stomach": {"asked": 0.3, "ml": 0},
+        "pancreas": {"completed": 0.4, "ml": pytest.approx(ml, abs=0.01)},
+        "colon": {"completed": 0.5, "ml": 0},
+    }
+    with pytest.warns(UserWarning, match="no gallbladder and no stomach and no colon, which was asked for"):
+        MaisiMaskPipeline.from_pipe(pipe)(anatomy_size=ROWS[0], anatomy_size_conditions=ROWS)  # named all ten
 
 
 @pytest.mark.parametrize("wrong", [5, [], [[0.5] * 9], [[0.5] * 9 + [2.0]], [5]])
@@ -356,6 +388,15 @@ def test_what_is_set_is_saved(folder, own_repository, tmp_path):
     again.save_pretrained(tmp_path / "copy")
     again = MaisiCTPipeline.from_pretrained(tmp_path / "copy")
     assert again.mask_database is None and again.anatomy_size_conditions == ROWS
+
+
+def test_saved_in_the_place_of_another_model(own_repository):
+    """Whose label maps and sizes are not this one's."""
+    add_anatomy_files(own_repository)
+    make_pipeline("rflow-ct").save_pretrained(own_repository)
+    assert not [path for path in own_repository.iterdir() if "mask_database" in path.name]
+    pipe = MaisiCTPipeline.from_pretrained(own_repository)
+    assert pipe.mask_database is None and pipe.anatomy_size_conditions is None
 
 
 def test_from_pipe(folder, own_repository):

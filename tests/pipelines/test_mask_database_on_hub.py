@@ -2,6 +2,7 @@
 published layout: what is downloaded, and when."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -208,6 +209,28 @@ def test_published_on_the_hub(hub, process, tmp_path, downloads, version, number
     assert do("sizes") == ROWS and downloads() == {"datasets/all_anatomy_size_conditions.json"}
     assert do("look up") == [0, 23, 28, 115, 200]
     assert downloads() == {"datasets/all_masks_flexible_size_and_spacing_4000.zip"}
+
+
+def test_published_on_a_hub_whose_main_moves(hub, process, tmp_path):
+    """List and label maps are those of the commit that the networks came from, and the Hub is not asked again."""
+    repo, version = "owner/moving", "rflow-ct"
+    options = {"cache_dir": str(tmp_path / "cache"), "version": version}
+
+    def do(action, *arguments):
+        return process.submit(run, action, "", repo, options, *arguments).result()
+
+    shutil.copytree(hub.root / PUBLISHED, hub.root / repo, copy_function=os.link)
+    assert do("load") is None
+    commit = hub.commit(repo)
+    hub.former[commit] = hub.root.parent / "former"
+    (hub.root / repo).rename(hub.former[commit])
+    shutil.copytree(hub.former[commit], hub.root / repo, ignore=shutil.ignore_patterns("*.json", "*.zip"))
+    assert hub.commit(repo) != commit
+
+    assert do("database") == len(MASKS) and do("where")["revision"] == commit
+    assert do("look up") == [0, 23, 28, 115, 200] and do("sizes") == ROWS
+    requests = hub.requests
+    assert do("look up") == [0, 23, 28, 115, 200] and hub.requests == requests
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
