@@ -210,9 +210,10 @@ def build_in_one_piece(kind):
 
 
 def assert_same_parts(kind, model, expected):
+    """To the bit, but for a VAE: its encoder or decoder may have all weights at hand, and slabs round otherwise."""
     for _ in range(2):
         for one, other in zip(parts(kind, model), expected, strict=True):
-            assert torch.equal(one, other)
+            assert deviation(one, other) < 2e-5 if kind in VAES else torch.equal(one, other)
 
 
 def split_blocks(model, device_map):
