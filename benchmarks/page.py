@@ -126,6 +126,7 @@ def promised(results: dict[str, dict]) -> list[list[str]]:
             what = f"{TITLES['decode']}, {variant}"
             compare(f"{what}, share of memory", share, ours["megabytes"] / unit["megabytes"])
             compare(f"{what}, deviation", 1e-4, ours["deviation"])
+    variant = "float32 exact 256MiB"
     if ours := of_networks.get("encode", {}).get(variant):
         compare_bound(f"{TITLES['encode']}, {variant}", variant, ours)
         compare(f"{TITLES['encode']}, {variant}, deviation", 1e-4, ours["deviation"])
