@@ -75,7 +75,7 @@ def main(input_args: list[str] | None = None) -> None:
     for name, error, deviation in zip(
         ("Values", "Differences between modalities"), *make_linear_condition(controlnet, cases, args.seed)
     ):
-        print(f"{name} of the labels are missed by {error:.4f}; their standard deviation is {deviation:.4f}.")
+        print(f"{name} of the labels are missed by {error:.4f} at most; their standard deviation is {deviation:.4f}.")
     with write_atomically(args.output_dir) as folder:
         controlnet.save_pretrained(folder)
 

@@ -15,8 +15,10 @@ from .linear_vae import halve
 NUM_LABELS = 256
 # How much the square of what is not known counts beside that of an error, of the mean label's.
 RIDGE = 1e-6
-# Of the small network from bits to values: chances, steps, rate.
-RESTARTS, FIT_STEPS, FIT_RATE = 16, 4000, 0.03
+# Of the small network from bits to values: chances, steps, rate. With 16 channels these steps meet the values of all
+# labels of phantoms. With a fifth of the steps labels of few voxels are missed, tumors by more than they differ from
+# their organs, and no training of the ControlNet behind it makes up for that: it sees nothing of labels but values.
+RESTARTS, FIT_STEPS, FIT_RATE = 16, 20_000, 0.03
 
 
 @dataclass
@@ -115,7 +117,8 @@ def make_linear_condition(
         seed: of the fit.
 
     Returns:
-        of each value the root mean square, over voxels, by which the fit misses it, and its standard deviation.
+        of each value by how much the fit misses it at most, of the labels that there are, and its standard deviation
+        over voxels.
 
     Raises:
         ValueError: for a ControlNet that cannot do it.
@@ -130,7 +133,8 @@ def make_linear_condition(
             f"{number} latents from the start: it takes at least {tuple(wanted)} and {number + others}"
         )
     values, counts = label_values(cases, ratio)
-    errors, layers = fit_bits(values, counts, channels[0], seed)
+    layers = fit_bits(values, counts, channels[0], seed)
+    missed = (values_of(layers) - values)[counts > 0].abs().amax(0)
     factors, constants = cubes_to_latents(cases, values_of(layers)[:, 0], ratio)
 
     (weight_1, bias_1), (weight_2, bias_2), (weight_3, bias_3) = layers
@@ -169,7 +173,7 @@ def make_linear_condition(
     for channel in range(number + others):
         direction = size * directions[:, -1 - channel]
         conv.weight[:, 2 * channel, 1, 1, 1], conv.weight[:, 2 * channel + 1, 1, 1, 1] = direction, -direction
-    return errors.tolist(), deviations_of(values, counts).tolist()
+    return missed.tolist(), deviations_of(values, counts).tolist()
 
 
 def set_centre(conv: nn.Conv3d, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -210,11 +214,11 @@ def deviations_of(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 @torch.enable_grad()
-def fit_bits(wanted: torch.Tensor, counts: torch.Tensor, width: int, seed: int) -> tuple[torch.Tensor, Layers]:
+def fit_bits(wanted: torch.Tensor, counts: torch.Tensor, width: int, seed: int) -> Layers:
     """
     Layers of `width`, `width` and n channels that make the wanted values (256, n) of the bits of the labels, the best
-    of several; and by how much each is missed, in the root mean square over voxels. Labels count by the square root of
-    the number of their voxels (256,): else large ones would be missed as far as small ones, or small ones altogether.
+    of several. Labels count by the square root of the number of their voxels (256,): where not all can be met, large
+    ones would else be missed as far as small ones, or small ones altogether.
     """
     generator = torch.Generator().manual_seed(seed)
     present, number = counts > 0, wanted.shape[1]
@@ -240,5 +244,4 @@ def fit_bits(wanted: torch.Tensor, counts: torch.Tensor, width: int, seed: int) 
     best = losses.argmin()
     layers = [(weight[best].detach(), bias[best].detach()) for weight, bias in zip(weights, biases)]
     layers[2] = (layers[2][0] * deviation[:, None], layers[2][1] * deviation + mean)
-    missed = (values_of(layers) - wanted)[present].square()
-    return (missed * (counts[present] / counts.sum())[:, None]).sum(0).sqrt(), layers
+    return layers

@@ -6,7 +6,15 @@ import torch
 from maisi_diffusers import MaisiControlNetModel
 from maisi_diffusers.anatomy import label_bits
 from maisi_diffusers.training import linear_condition
-from maisi_diffusers.training.linear_condition import LabelledLatent, cubes_of, fit_bits, make_linear_condition
+from maisi_diffusers.training.linear_condition import (
+    FIT_STEPS,
+    RESTARTS,
+    LabelledLatent,
+    cubes_of,
+    fit_bits,
+    make_linear_condition,
+    values_of,
+)
 
 CHANNELS = 6
 INTENSITIES = {0: 0.0, 1: 0.52, 22: 0.55, 28: 0.15, 33: 0.75, 200: 0.45}
@@ -104,15 +112,28 @@ def test_all_of_it_learns():
         assert parameter.grad.any(), name
 
 
-def test_many_labels():
+def test_few_channels_for_many_labels():
     """A hundred labels of random values: nearer than their mean is, and the largest ones the nearest."""
-    draw = torch.rand(256, 1, generator=torch.Generator().manual_seed(1))
+    values = 0.5 + 0.1 * (torch.rand(256, 1, generator=torch.Generator().manual_seed(1)) - 0.5)
     counts = torch.where(torch.arange(256) < 100, 100.0, 0.0)
-    error, _ = fit_bits(0.5 + 0.1 * (draw - 0.5), counts, width=8, seed=0)
+    missed = values_of(fit_bits(values, counts, width=8, seed=0)) - values
+    error = missed[:100].square().mean().sqrt()
     assert error < 0.8 * 0.1 / 12**0.5  # their own deviation
-    counts[::10] *= 10_000
-    nearer, _ = fit_bits(0.5 + 0.1 * (draw - 0.5), counts, width=8, seed=0)
-    assert nearer < 0.2 * error
+    counts[:100:10] *= 10_000
+    missed = values_of(fit_bits(values, counts, width=8, seed=0)) - values
+    assert missed[:100:10].square().mean().sqrt() < 0.2 * error
+
+
+@pytest.mark.slow
+def test_channels_for_many_labels(monkeypatch):
+    """As many labels as phantoms have, and two values of each: all are met, those of few voxels too."""
+    monkeypatch.setattr(linear_condition, "RESTARTS", RESTARTS)
+    monkeypatch.setattr(linear_condition, "FIT_STEPS", FIT_STEPS)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(256, 2, generator=generator)
+    counts = 10 ** torch.randint(3, 9, (256,), generator=generator).float() * (torch.arange(256) < 120)
+    missed = values_of(fit_bits(values, counts, width=16, seed=0)) - values
+    assert missed[:120].abs().max() < 0.01
 
 
 @pytest.mark.parametrize(
