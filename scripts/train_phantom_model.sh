@@ -51,8 +51,10 @@ train train_controlnet images --pretrained_model_name_or_path "$work/unet" --tra
     --data_list "$work/latents/latents.json" --max_train_steps 5000 --learning_rate 1e-3 --lr_warmup_steps 100 \
     --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 --weighted_loss_label $important
 # Again. For the weights in the package, the first 750 steps had a schedule of 6500, and the first 1000 of masks-3 below
-# one of 5000; and what the latents do not depend on came after all training: the VAE's --air, and of the mask VAE that
-# labels that stand for nothing are said less.
+# one of 5000; what the latents do not depend on came after all training: the VAE's --air, and of the mask VAE that
+# labels that stand for nothing are said less; and the linear ControlNet had a fit of fewer steps, which missed the values
+# of tumors: they were fitted anew at the end, and the ControlNet alone was trained for 900 steps before that, and for 900
+# and 600 after it.
 train train_controlnet images-2 --pretrained_model_name_or_path "$work/images" --train_unet --controlnet_dropout 0.4 \
     --freeze_condition_embedding --modality_dropout 0.1 --data_list "$work/latents/latents.json" --seed 1 \
     --max_train_steps 5500 --learning_rate 1e-3 --use_ema --ema_decay 0.998 --loss_type l2 --weighted_loss 4 \
@@ -64,7 +66,7 @@ train train_controlnet images-3 --pretrained_model_name_or_path "$work/images-2"
     --weighted_loss_label 0 $important
 # At last the ControlNet alone, which has the UNet as it is now to steer.
 train train_controlnet controlnet --pretrained_model_name_or_path "$work/images-3" --freeze_condition_embedding \
-    --data_list "$work/latents/latents.json" --seed 3 --max_train_steps 900 --learning_rate 5e-4 --use_ema \
+    --data_list "$work/latents/latents.json" --seed 3 --max_train_steps 1500 --learning_rate 5e-4 --use_ema \
     --ema_decay 0.99 --loss_type l2 --weighted_loss 4 --weighted_loss_label $(seq 28 32) $important
 
 # 3. Label maps: the mask VAE, which begins as the best linear one, and the UNet on its latents.
