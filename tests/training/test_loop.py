@@ -172,9 +172,13 @@ def test_accumulated_batches_are_one_large_batch(train_controlnet, latents, tmp_
     losses = {name: [line["loss"] for line in read_log(tmp_path / name / "log.jsonl")] for name in batches}
     assert losses["accumulated"] == pytest.approx(losses["large"], abs=1e-5)
     assert losses["small"] != pytest.approx(losses["large"], abs=1e-2)
-    weights = [load_file(tmp_path / name / WEIGHTS) for name in ("large", "accumulated")]
-    for name, weight in weights[0].items():
-        assert (weight - weights[1][name]).abs().max() < 2e-4, name
+    # In the mean: Adam turns the rounding of a gradient near zero into a whole step of a single weight.
+    weights = {
+        name: torch.cat([weight.flatten() for weight in load_file(tmp_path / name / WEIGHTS).values()])
+        for name in batches
+    }
+    assert (weights["accumulated"] - weights["large"]).abs().mean() < 1e-5
+    assert (weights["small"] - weights["large"]).abs().mean() > 1e-4
 
 
 def test_epochs(train_controlnet, latents, tmp_path):
