@@ -69,6 +69,16 @@ WORK = {
     "guidance": (32, 4, [f"{dtype} off{without}" for dtype in DTYPES for without in ("", " without turns")]),
 }
 
+# Of a pipeline what the work is of: the rest is let go, or the processes of all variants together have no room.
+NETWORKS = {
+    "embedding": ["controlnet"],
+    "doubling": ["unet"],
+    "step": ["unet", "controlnet"],
+    "decode": ["vae"],
+    "encode": ["vae"],
+    "guidance": ["unet", "controlnet"],
+}
+
 # What can be switched off, besides that a label map is embedded once for all steps, and that the two predictions of a
 # guided step are made in turns.
 SWITCHES = {
@@ -98,7 +108,8 @@ def make_inputs(work: str, size: int, dtype: torch.dtype, device: torch.device) 
 
 def monai_work(work: str, size: int, device: torch.device) -> Callable[[], torch.Tensor]:
     """One call of MONAI's networks, in float32; of the step as its published script does it."""
-    networks = {name: network.to(device) for name, network in build_networks(VERSION, PUBLISHED).items()}
+    built = build_networks(VERSION, PUBLISHED)
+    networks = {name: built[name].to(device) for name in NETWORKS[work]}
     inputs = make_inputs(work, size, torch.float32, device)
     if work == "embedding":
         return lambda: networks["controlnet"].controlnet_cond_embedding(label_bits(inputs["labels"]))
@@ -132,7 +143,8 @@ def our_work(work: str, size: int, variant: str, folder: Path, device: torch.dev
     dtype, tiling, *memory = settings.split()
     pipe = MaisiCTPipeline.from_maisi_checkpoint(folder, version=VERSION, torch_dtype=DTYPES[dtype]).to(device)
     TILINGS[tiling](pipe.vae, *memory)
-    for network in (pipe.vae, pipe.unet, pipe.controlnet):
+    pipe.register_modules(**{name: None for name in ("vae", "unet", "controlnet") if name not in NETWORKS[work]})
+    for network in (getattr(pipe, name) for name in NETWORKS[work]):
         network.lay_out(device)
         for weight in network.parameters():
             weight.sum()  # files are read when they are first touched
