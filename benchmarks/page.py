@@ -193,6 +193,7 @@ def draw_speed(results: dict[str, dict], path: Path) -> None:
                 axes.barh(y + offset, faster, 0.38, color=f"C{i}", label=None if dtype in told else dtype)
                 axes.text(faster, y + offset, f" {faster:.1f}", va="center")
     axes.axvline(1, color="black", linewidth=1)
+    axes.margins(x=0.1)  # room for the numbers
     axes.set_yticks(range(len(rows)), reversed(rows))
     axes.set_xlabel("times as fast as MONAI in float32")
     axes.legend()

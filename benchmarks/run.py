@@ -4,9 +4,9 @@ What is said of speed and memory, measured in one run beside MONAI, and written 
     python -m benchmarks.run
     python -m benchmarks.run --only networks whole
 
-On two CPU cores it takes about three hours. On a GPU it runs as it is. A variant that fails, as one piece of a large
-volume does for want of memory, is told as failed. What a part has measured is kept in docs/performance.json; `--only`
-measures some parts anew and leaves the others.
+On two CPU cores it takes one to three hours, by their speed. On a GPU it runs as it is. A variant that fails, as one
+piece of a large volume does for want of memory, is told as failed. What a part has measured is kept in
+docs/performance.json; `--only` measures some parts anew and leaves the others.
 """
 
 import argparse
@@ -90,6 +90,7 @@ def main() -> None:
     for name in args.only:
         print(f"measuring {name}", flush=True)
         results[name] = {"machine": machine(), "measured": PARTS[name]()}
+        results = {part: results[part] for part in PARTS if part in results}  # the order of the page
         kept.write_text(json.dumps(results, indent=1) + "\n")
         write_page(results, DOCS)
 

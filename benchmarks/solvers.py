@@ -118,13 +118,13 @@ def advice(results: dict[str, list[tuple[int, float, float]]]) -> str:
     said = []
     for hu in NEAR:
         enough = [
-            (calls, name, steps)
+            (calls, off, name, steps)
             for name, of_solver in results.items()
-            for i, (steps, (calls, *_)) in enumerate(zip(STEPS, of_solver))
-            if all(off <= hu for _, _, off in of_solver[i:])
+            for i, (steps, (calls, _, off)) in enumerate(zip(STEPS, of_solver))
+            if all(later <= hu for _, _, later in of_solver[i:])
         ]
         if enough:
-            calls, name, steps = min(enough)
+            calls, _, name, steps = min(enough)
             said.append(f"{hu:g} HU from {steps} steps of {name} on, {calls} calls")
         else:
             said.append(f"{hu:g} HU by none of these")
