@@ -9,6 +9,7 @@ It prints three tables, in Markdown:
 1. Fidelity. A CT is made of the label map of each unseen phantom. For every organ the median HU in it is compared with
    that of the phantom's own CT, which has as much contrast agent; bone and lungs are looked for by a threshold, and
    compared with their labels by Dice, as are those of the phantom's own CT, which tells how far the threshold can get.
+   Labels that a threshold cannot tell from them are left out, and gas that has no label.
    The VAE's PSNR is that of the phantom's CT, encoded and decoded, for 0..1 of -1000..1000 HU, where images end.
 2. Tissues. The shares of air, lung, fat, soft tissue and bone in images made without a label map, and in those of 1,
    against the range of those of phantoms, more of them: of the range of 32 more than a quarter of other phantoms are

@@ -17,7 +17,7 @@ NUM_LABELS = 256
 RIDGE = 1e-6
 # Of the small network from bits to values: chances, steps, rate. With 16 channels these steps meet the values of all
 # labels of phantoms. With a fifth of the steps labels of few voxels are missed, tumors by more than they differ from
-# their organs, and no training of the ControlNet behind it makes up for that: it sees nothing of labels but values.
+# their organs, and while the embedding is frozen no training makes up for that: of labels nothing but values is seen.
 RESTARTS, FIT_STEPS, FIT_RATE = 16, 20_000, 0.03
 
 
