@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -79,14 +80,17 @@ def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[s
         repeats: how often each works; before that once to warm up, and afterwards once with memory given back at once.
             0 for work so long that it is done once, timed and weighed as it is, and one variant ends before the next
             begins.
+
+    A GPU is always warmed up, and its memory is counted as it is.
     """
+    on_gpu = torch.cuda.is_available()
     if repeats == 0:
         results = {}
         for variant, command in commands.items():
-            results |= _take_turns({variant: command}, 1, {})
-        return {variant: of_variant[0] if of_variant else {} for variant, of_variant in results.items()}
+            results |= _take_turns({variant: command}, 2 if on_gpu else 1, {})
+        return {variant: of_variant[-1] if of_variant else {} for variant, of_variant in results.items()}
     timed = _take_turns(commands, repeats + 1, {})
-    weighed = _take_turns(commands, 2, GIVE_BACK)
+    weighed = timed if on_gpu else _take_turns(commands, 2, GIVE_BACK)
     return {
         variant: min(timed[variant][1:], key=lambda one: one["seconds"])
         | {"megabytes": weighed[variant][1]["megabytes"]}
@@ -97,11 +101,14 @@ def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[s
 
 
 def _take_turns(commands: dict[str, list[str]], times: int, environment: dict[str, str]) -> dict[str, list[dict]]:
-    processes = {}
-    for variant, command in commands.items():
+    def start(command: list[str]) -> subprocess.Popen:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes[variant] = subprocess.Popen([sys.executable, *command], env=os.environ | environment, **pipes)
-        processes[variant].stdout.readline()
+        process = subprocess.Popen([sys.executable, *command], env=os.environ | environment, **pipes)
+        process.stdout.readline()
+        return process
+
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as starting:
+        processes = dict(zip(commands, starting.map(start, commands.values())))
     results = {variant: [] for variant in commands}
     failed = set()
     for _ in range(times):
