@@ -5,7 +5,8 @@ MONAI's of the same random weights.
     python -m benchmarks.networks
     python -m benchmarks.networks --work decode --size 48 --repeats 0 --variants "float32 off" "float32 exact 1GB"
 
-MONAI's networks in float32 are the unit; with other `--variants` the first of these is. Every variant runs in a
+MONAI's networks in float32 are the unit; with other `--variants` the first of these is. On a GPU "MONAI autocast" is
+beside them: in float16 where autocast takes it, as MAISI's published scripts run. Every variant runs in a
 process of its own, so that its memory is its own, and they take turns, so that what else the machine does is shared by
 all; ratios are those of the fastest times. Memory is what the work adds to the process at its highest. The deviation
 is the largest from the first's result. A variant is a dtype, a way to tile, maybe its memory, and maybe what it goes
@@ -16,7 +17,8 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,9 @@ from .turns import serve, take_turns
 
 VERSION = "rflow-ct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Variant -> how MONAI's work is called.
+MONAI = {"MONAI": lambda work: work, "MONAI autocast": lambda work: torch.autocast("cuda", torch.float16)(work)}
+CPU_ALONE = tuple(f"without {one}" for one in ("parts", "winograd", "phases", "onednn", "layout"))
 # Of a cube: edge of the latent in voxels; how often each variant works; variants.
 WORK = {
     "embedding": (32, 6, ["MONAI", "float32 off", "bfloat16 off"]),
@@ -182,13 +187,13 @@ def run_variant(variant: str, work: str, size: int, folder: Path) -> None:
     """Serve a variant; what it gives is left in the folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_grad_enabled(False)
-    if variant == "MONAI":
-        call = monai_work(work, size, device)
+    if variant in MONAI:
+        call = MONAI[variant](monai_work(work, size, device))
     else:
         call = our_work(work, size, variant, folder, device)
 
     def save_first(result: torch.Tensor) -> dict[str, float]:
-        path = folder / f"{work} {variant}.pt"
+        path = folder / f"{variant}.pt"
         if not path.is_file():
             torch.save(result, path)
         return {}
@@ -196,14 +201,25 @@ def run_variant(variant: str, work: str, size: int, folder: Path) -> None:
     serve(call, device, save_first)
 
 
-def measure(work: str, size: int, variants: list[str], repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds, memory and deviation of all variants."""
+@contextmanager
+def published_checkpoint() -> Iterator[Path]:
+    """A folder with MONAI's files of networks of random weights."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_checkpoint(folder, VERSION, build_networks(VERSION, PUBLISHED), network_config(VERSION, PUBLISHED))
-        command = ["-m", "benchmarks.networks", "--folder", folder, "--work", work, "--size", size, "--serve"]
-        results = take_turns({variant: [*map(str, command), variant] for variant in variants}, repeats)
-        outputs = {name: torch.load(folder / f"{work} {name}.pt").float() for name, one in results.items() if one}
+        yield folder
+
+
+def measure(folder: Path, work: str, size: int, variants: list[str], repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds, memory and deviation of all variants."""
+    print(f"measuring {work}, latent {size}^3", flush=True)
+    command = ["-m", "benchmarks.networks", "--folder", folder, "--work", work, "--size", size, "--serve"]
+    results = take_turns({variant: [*map(str, command), variant] for variant in variants}, repeats)
+    outputs = {}
+    for variant in filter(results.get, results):
+        path = folder / f"{variant}.pt"
+        outputs[variant] = torch.load(path).float()
+        path.unlink()  # the next work has one of the same name
     for variant, output in outputs.items():
         results[variant]["deviation"] = (output - next(iter(outputs.values()))).abs().max().item()
     return results
@@ -225,11 +241,20 @@ def main() -> None:
     if args.serve is not None:
         run_variant(args.serve, args.work[0], args.size, args.folder)
         return
-    for work in args.work:
-        size, repeats, variants = WORK[work]
-        size, repeats = args.size or size, repeats if args.repeats is None else args.repeats
-        results = measure(work, size, args.variants or variants, repeats)
-        print(f"\n{work}, latent {size}^3\n\n{table(results)}", flush=True)
+    with published_checkpoint() as folder:
+        for work in args.work:
+            size, repeats, variants = WORK[work]
+            size, repeats = args.size or size, repeats if args.repeats is None else args.repeats
+            results = measure(folder, work, size, args.variants or on_this_machine(variants), repeats)
+            print(f"\n{table(results)}\n", flush=True)
+
+
+def on_this_machine(variants: list[str]) -> list[str]:
+    """On a GPU, whose convolutions are cuDNN's: without what is done on a CPU alone, and with autocast."""
+    if not torch.cuda.is_available():
+        return variants
+    beside = list(MONAI) if "MONAI" in variants else []
+    return [*beside, *(one for one in variants if one not in MONAI and not one.endswith(CPU_ALONE))]
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -240,7 +265,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
             rows.append([variant, "failed", *[""] * 4])
             continue
         faster, share = unit["seconds"] / result["seconds"], result["megabytes"] / unit["megabytes"]
-        numbers = f"{result['seconds']:.2f}", f"{faster:.2f}", f"{result['megabytes']:.0f}", f"{share:.2f}"
+        seconds = f"{result['seconds']:.{3 if result['seconds'] < 1 else 2}f}"
+        numbers = seconds, f"{faster:.2f}", f"{result['megabytes']:.0f}", f"{share:.2f}"
         rows.append([variant, *numbers, f"{result['deviation']:.1e}"])
     return markdown.table(["variant", "seconds", "times as fast", "peak MB", "share", "deviation"], rows)
 

@@ -3,10 +3,11 @@ What is said of speed and memory, measured in one run beside MONAI, and written 
 
     python -m benchmarks.run
     python -m benchmarks.run --only networks whole
+    python -m benchmarks.run --output docs/performance_gpu
 
 On two CPU cores it takes one to three hours, by their speed. On a GPU it runs as it is. A variant that fails, as one
-piece of a large volume does for want of memory, is told as failed. What a part has measured is kept in
-docs/performance.json; `--only` measures some parts anew and leaves the others.
+piece of a large volume does for want of memory, is told as failed. What each part has measured is kept beside the page,
+in `performance.json`; `--only` measures some parts anew and leaves the others.
 """
 
 import argparse
@@ -26,16 +27,14 @@ from .page import write_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BOUNDS = ("2GiB", "1GiB", "512MiB")
-CPU_ALONE = tuple(f"without {one}" for one in ("winograd", "phases", "onednn", "layout"))
 
 
 def measure_networks() -> dict:
-    measured = {}
-    for work, (size, repeats, variants) in networks.WORK.items():
-        if torch.cuda.is_available():  # where convolutions are cuDNN's
-            variants = [one for one in variants if not one.endswith(CPU_ALONE)]
-        measured[work] = networks.measure(work, size, variants, repeats)
-    return measured
+    with networks.published_checkpoint() as folder:
+        return {
+            work: networks.measure(folder, work, size, networks.on_this_machine(variants), repeats)
+            for work, (size, repeats, variants) in networks.WORK.items()
+        }
 
 
 def measure_tiling() -> dict:
@@ -43,11 +42,15 @@ def measure_tiling() -> dict:
     GB, the loosest bound against the others."""
     bounds = [f"float32 exact {bound}" for bound in BOUNDS]
     variants = {48: ["float32 off", *bounds, "float32 lean 1GiB"], 64: bounds}
-    return {str(size): networks.measure("decode", size, of_size, repeats=0) for size, of_size in variants.items()}
+    with networks.published_checkpoint() as folder:
+        return {
+            str(size): networks.measure(folder, "decode", size, of_size, repeats=0)
+            for size, of_size in variants.items()
+        }
 
 
 def measure_whole() -> dict:
-    return whole.measure((256, 256, 128), 30, whole.VARIANTS)
+    return whole.measure((256, 256, 128), 30, networks.on_this_machine(whole.VARIANTS))
 
 
 def measure_large() -> dict:
@@ -84,15 +87,17 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to measure")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder of the page (default: docs)")
     args = parser.parse_args()
-    kept = DOCS / "performance.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    kept = args.output / "performance.json"
     results = json.loads(kept.read_text()) if kept.is_file() else {}
     for name in args.only:
         print(f"measuring {name}", flush=True)
-        results[name] = {"machine": machine(), "measured": PARTS[name]()}
+        results[name] = {"machine": machine(), "on_gpu": torch.cuda.is_available(), "measured": PARTS[name]()}
         results = {part: results[part] for part in PARTS if part in results}  # the order of the page
         kept.write_text(json.dumps(results, indent=1) + "\n")
-        write_page(results, DOCS)
+        write_page(results, args.output)
 
 
 if __name__ == "__main__":

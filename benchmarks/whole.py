@@ -11,7 +11,6 @@ first of these is. Every variant works once, in a process of its own.
 """
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +29,11 @@ from tests.parity.monai_reference import (
     build_networks,
     label_bits,
     make_scheduler,
-    network_config,
     sample,
-    save_checkpoint,
 )
 
 from . import markdown
-from .networks import DTYPES, VERSION
+from .networks import DTYPES, MONAI, VERSION, on_this_machine, published_checkpoint
 from .turns import serve, synchronize, take_turns
 
 FIELD_OF_VIEW = (384.0, 384.0, 320.0)
@@ -132,9 +129,7 @@ def timed(function: Callable, seconds: list[float], device: torch.device) -> Cal
 
 def measure(size: tuple[int, int, int], steps: int, variants: list[str]) -> dict[str, dict[str, float]]:
     """Variant -> seconds, megabytes, and of ours the share of the time outside the networks."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        save_checkpoint(folder, VERSION, build_networks(VERSION, PUBLISHED), network_config(VERSION, PUBLISHED))
+    with published_checkpoint() as folder:
         command = [
             "-m",
             "benchmarks.whole",
@@ -153,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=3, default=(256, 256, 128), help="one that the model makes")
     parser.add_argument("--num_inference_steps", type=int, default=30)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, help='such as "float32 exact 1GB"')
+    parser.add_argument("--variants", nargs="+", default=on_this_machine(VARIANTS), help='such as "float32 exact 1GB"')
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -161,8 +156,8 @@ def main() -> None:
     if args.serve is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_grad_enabled(False)
-        if args.serve == "MONAI":
-            serve(monai_work(size, args.num_inference_steps, device), device, lambda result: {})
+        if args.serve in MONAI:
+            serve(MONAI[args.serve](monai_work(size, args.num_inference_steps, device)), device, lambda result: {})
         else:
             work = our_work(size, args.num_inference_steps, args.serve.split(), args.folder, device)
             serve(work, device, lambda told: told)

@@ -26,7 +26,7 @@ def made_up() -> dict[str, dict]:
         "large": {"bfloat16 exact 6GiB, 2 steps": one | {"outside": 0.1}},
         "solvers": {name: [(steps, 0.5 / steps, 40.0 / steps) for steps in solvers.STEPS] for name in solvers.SOLVERS},
     }
-    return {name: {"machine": "made up", "measured": measured} for name, measured in parts.items()}
+    return {name: {"machine": "made up", "on_gpu": False, "measured": measured} for name, measured in parts.items()}
 
 
 def test_page(tmp_path):
@@ -65,6 +65,15 @@ def test_page_without_the_first_variant(tmp_path):
     for row in ("| float32 off | failed |", "| MONAI | failed |", "| bfloat16 exact 6GiB, 2 steps | failed |"):
         assert row in text, row
     assert "a whole CT" not in text and "times the time of one piece" not in text
+
+
+def test_page_of_a_gpu(tmp_path):
+    """What is promised of two CPU cores is not asked of it."""
+    results = {name: part | {"on_gpu": True} for name, part in made_up().items()}
+    page.write_page(results, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert "What is promised" not in text and "decode exact" not in text
+    assert "| decode off, latent 24^3 |" in text and "| bfloat16 exact 6GiB, 2 steps | 10.0 |" in text
 
 
 def test_page_of_one_part(tmp_path):
