@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from accelerate import init_empty_weights
 from accelerate.utils import convert_file_size_to_int
 from matplotlib.figure import Figure
@@ -160,13 +161,13 @@ def memory_table(measured: dict[str, dict[str, dict[str, float]]], on_gpu: bool)
     with init_empty_weights():
         vae, unet, controlnet = AutoencoderKLMaisi(), MaisiUNet3DConditionModel(), MaisiControlNetModel()
     pipe = MaisiCTPipeline(vae, unet, MaisiRFlowScheduler(), controlnet)
-    rows = []
+    device, rows = torch.device("cuda" if on_gpu else "cpu"), []
     for stage, (work, tiling) in STAGES.items():
         size = networks.WORK[work][0]
         for name, dtype in networks.DTYPES.items():
-            told = plan_memory(pipe, (4 * size,) * 3, dtype)[stage] / 1e6
+            told = plan_memory(pipe, (4 * size,) * 3, dtype, device)[stage] / 1e6
             taken = measured[work][f"{name} {tiling}"].get("megabytes")
-            # What it tells of slabs is told for a CPU, where they are as thick as its cache; a GPU takes one piece.
+            # What it tells of slabs is told for the CPU; a GPU takes one piece.
             if taken is None or (stage == "decode exact" and on_gpu):
                 continue
             is_near = "within 15 %" if abs(told / taken - 1) <= 0.15 else "**not within 15 %**"

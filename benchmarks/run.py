@@ -6,8 +6,8 @@ What is said of speed and memory, measured in one run beside MONAI, and written 
     python -m benchmarks.run --output docs/performance_gpu
 
 On two CPU cores it takes one to three hours, by their speed. On a GPU it runs as it is. A variant that fails, as one
-piece of a large volume does for want of memory, is told as failed. What each part has measured is kept beside the page,
-in `performance.json`; `--only` measures some parts anew and leaves the others.
+piece of a large volume does for want of memory, is told as failed. What each part has measured is kept beside the
+page, in `performance.json`; `--only` measures some parts anew and leaves the others.
 """
 
 import argparse

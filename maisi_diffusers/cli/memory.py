@@ -23,7 +23,7 @@ def describe_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int]) -> dict:
     """
     device, plans = pick_device("auto"), {}
     for name in ("float32", "bfloat16"):
-        stages = plan_memory(pipe, size, DTYPES[name])
+        stages = plan_memory(pipe, size, DTYPES[name], device)
         other = max(
             n for stage, n in stages.items() if stage != "weights" and not stage.startswith(("decode", "kept"))
         )

@@ -17,9 +17,13 @@ class LivingTensors(TorchDispatchMode):
     """
     The highest sum of bytes of the tensors that were alive at once in a block.
 
-    A convolution takes more while it runs: oneDNN orders the values of input and weight anew, unless the channels of a
-    voxel lie side by side.
+    A convolution takes more while it runs: on the CPU oneDNN orders the values of input and weight anew, unless the
+    channels of a voxel lie side by side, and on a GPU cuDNN those of the result as well.
     """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.is_on_cpu = device.type == "cpu"
 
     def __enter__(self):
         self.now = self.highest = 0
@@ -37,7 +41,8 @@ class LivingTensors(TorchDispatchMode):
                 self.change(storage.nbytes())
                 weakref.finalize(storage, self.change, -storage.nbytes())
         if func is torch.ops.aten.convolution.default:
-            ordered = [x for x in args[:2] if not x.is_contiguous(memory_format=torch.channels_last_3d)]
+            taken = args[:2] if self.is_on_cpu else [*args[:2], result]
+            ordered = [x for x in taken if not x.is_contiguous(memory_format=torch.channels_last_3d)]
             self.highest = max(self.highest, self.now + sum(x.nbytes for x in ordered))
         return result
 
@@ -51,20 +56,22 @@ def storages(tree) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def with_dtype(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A network like it, all of whose weights have a dtype, laid out for the CPU."""
+def with_dtype(network: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """A network like it, all of whose weights have a dtype, laid out for a device."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         # Without what diffusers notes beside it: it takes arguments that were given by position for left out.
         same = type(network).from_config({name: v for name, v in network.config.items() if not name.startswith("_")})
-        same.lay_out(torch.device("cpu"))
+        same.lay_out(device)
         return same
     finally:
         torch.set_default_dtype(previous)
 
 
-def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, int]:
+def plan_memory(
+    pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
     """
     Bytes that each stage of making one image takes at its highest, besides the weights, which stay.
 
@@ -74,6 +81,7 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
         pipe: with or without its weights.
         size: of the image, in voxels, which the model can make.
         dtype: of the networks.
+        device: that they are to run on, which need not be there; what slabs take is told for the CPU.
 
     Returns:
         stage -> bytes: `weights`; `mask step` and `mask decode`, in slabs, of a label map that is made, if the model
@@ -84,7 +92,7 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
     latent_size = tuple(n // pipe.vae.spatial_compression_ratio for n in size)
     with FakeTensorMode(), torch.no_grad():
         networks = {
-            name: with_dtype(network, dtype)
+            name: with_dtype(network, dtype, device)
             for name, network in pipe.components.items()
             if isinstance(network, torch.nn.Module)
         }
@@ -93,7 +101,7 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
             mask_unet = networks["mask_unet"]
             mask_latents = torch.empty(1, mask_unet.config.in_channels, *pipe.config.mask_latent_size, dtype=dtype)
             sizes = torch.empty(1, 1, mask_unet.config.cross_attention_dim, dtype=dtype)
-            with LivingTensors() as living:
+            with LivingTensors(device) as living:
                 mask_unet(mask_latents, torch.empty(1), encoder_hidden_states=sizes)
             stages["mask step"] = living.highest
             decode = sum(slab_memory(pipe.mask_vae.decoder, pipe.config.mask_latent_size, True, dtype))
@@ -106,10 +114,10 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
             conditions["class_labels"] = torch.ones(1, dtype=torch.long)
         if controlnet is not None:
             bits = torch.empty(1, 8, *size, dtype=torch.uint8)
-            with LivingTensors() as living:
+            with LivingTensors(device) as living:
                 embedding = controlnet.embed_condition(bits)
             stages["embedding"] = bits.nbytes + living.highest
-        with LivingTensors() as living:
+        with LivingTensors(device) as living:
             residuals = {}
             if controlnet is not None:
                 down, mid = controlnet(latents, **conditions, controlnet_cond_embedding=embedding, return_dict=False)
@@ -121,7 +129,7 @@ def plan_memory(pipe: MaisiCTPipeline, size: tuple[int, int, int], dtype: torch.
             unet(latents, **conditions, **residuals)
         stages["step"] = living.highest
         vae.disable_tiling()
-        with LivingTensors() as living:
+        with LivingTensors(device) as living:
             vae.decode(latents)
         stages["decode off"] = living.highest
     for name, keeps_finest in (("exact", True), ("lean", False)):
