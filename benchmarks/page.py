@@ -165,11 +165,11 @@ def memory_table(measured: dict[str, dict[str, dict[str, float]]], on_gpu: bool)
     for stage, (work, tiling) in STAGES.items():
         size = networks.WORK[work][0]
         for name, dtype in networks.DTYPES.items():
-            told = plan_memory(pipe, (4 * size,) * 3, dtype, device)[stage] / 1e6
-            taken = measured[work][f"{name} {tiling}"].get("megabytes")
+            taken = measured.get(work, {}).get(f"{name} {tiling}", {}).get("megabytes")
             # What it tells of slabs is told for the CPU; a GPU takes one piece.
             if taken is None or (stage == "decode exact" and on_gpu):
                 continue
+            told = plan_memory(pipe, (4 * size,) * 3, dtype, device)[stage] / 1e6
             is_near = "within 15 %" if abs(told / taken - 1) <= 0.15 else "**not within 15 %**"
             row = [f"{told:.0f}", f"{taken:.0f}", f"{told / taken:.2f}", is_near]
             rows.append([f"{stage}, latent {size}^3", name, *row])

@@ -13,7 +13,7 @@ page, in `performance.json`; `--only` measures some parts anew and leaves the ot
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -29,43 +29,43 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 BOUNDS = ("2GiB", "1GiB", "512MiB")
 
 
-def measure_networks() -> dict:
+def measure_networks() -> Iterator[dict]:
+    measured = {}
     with networks.published_checkpoint() as folder:
-        return {
-            work: networks.measure(folder, work, size, networks.on_this_machine(variants), repeats)
-            for work, (size, repeats, variants) in networks.WORK.items()
-        }
+        for work, (size, repeats, variants) in networks.WORK.items():
+            variants = networks.on_this_machine(variants)
+            measured[work] = networks.measure(folder, work, size, variants, repeats)
+            yield measured
 
 
-def measure_tiling() -> dict:
+def measure_tiling() -> Iterator[dict]:
     """One piece against slabs in several bounds, of a latent of 48^3 voxels; of one of 64^3, whose one piece takes 30
     GB, the loosest bound against the others."""
-    bounds = [f"float32 exact {bound}" for bound in BOUNDS]
-    variants = {48: ["float32 off", *bounds, "float32 lean 1GiB"], 64: bounds}
+    bounds, measured = [f"float32 exact {bound}" for bound in BOUNDS], {}
     with networks.published_checkpoint() as folder:
-        return {
-            str(size): networks.measure(folder, "decode", size, of_size, repeats=0)
-            for size, of_size in variants.items()
-        }
+        for size, variants in ((48, ["float32 off", *bounds, "float32 lean 1GiB"]), (64, bounds)):
+            measured[str(size)] = networks.measure(folder, "decode", size, variants, repeats=0)
+            yield measured
 
 
-def measure_whole() -> dict:
-    return whole.measure((256, 256, 128), 30, networks.on_this_machine(whole.VARIANTS))
+def measure_whole() -> Iterator[dict]:
+    yield whole.measure((256, 256, 128), 30, networks.on_this_machine(whole.VARIANTS))
 
 
-def measure_large() -> dict:
+def measure_large() -> Iterator[dict]:
     """In 30 steps on a GPU; in 2 on a CPU, and with a bound that a laptop has room for."""
     variant, steps = ("bfloat16 auto", 30) if torch.cuda.is_available() else ("bfloat16 exact 6GiB", 2)
-    return {f"{variant}, {steps} steps": whole.measure((512, 512, 512), steps, [variant])[variant]}
+    yield {f"{variant}, {steps} steps": whole.measure((512, 512, 512), steps, [variant])[variant]}
 
 
-def measure_solvers() -> dict:
+def measure_solvers() -> Iterator[dict]:
     pipe = MaisiCTPipeline.from_pretrained(PHANTOM_TINY)
     pipe.set_progress_bar_config(disable=True)
-    return solvers.measure(pipe, size=64, seeds=[0, 1])
+    yield solvers.measure(pipe, size=64, seeds=[0, 1])
 
 
-PARTS: dict[str, Callable[[], dict]] = {
+# Of each what it has measured, told again whenever that has become more.
+PARTS: dict[str, Callable[[], Iterator[dict]]] = {
     "networks": measure_networks,
     "tiling": measure_tiling,
     "whole": measure_whole,
@@ -94,10 +94,11 @@ def main() -> None:
     results = json.loads(kept.read_text()) if kept.is_file() else {}
     for name in args.only:
         print(f"measuring {name}", flush=True)
-        results[name] = {"machine": machine(), "on_gpu": torch.cuda.is_available(), "measured": PARTS[name]()}
-        results = {part: results[part] for part in PARTS if part in results}  # the order of the page
-        kept.write_text(json.dumps(results, indent=1) + "\n")
-        write_page(results, args.output)
+        for measured in PARTS[name]():
+            results[name] = {"machine": machine(), "on_gpu": torch.cuda.is_available(), "measured": measured}
+            results = {part: results[part] for part in PARTS if part in results}  # the order of the page
+            kept.write_text(json.dumps(results, indent=1) + "\n")
+            write_page(results, args.output)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,15 @@ def test_page_of_a_gpu(tmp_path):
     assert "| decode off, latent 24^3 |" in text and "| bfloat16 exact 6GiB, 2 steps | 10.0 |" in text
 
 
+def test_page_of_a_part_that_goes_on(tmp_path):
+    results = made_up()
+    of_networks = results["networks"]["measured"]
+    results["networks"]["measured"] = {"embedding": of_networks["embedding"]}
+    page.write_page({"networks": results["networks"]}, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert "| embedding, latent 32^3 |" in text and "A step of UNet" not in text
+
+
 def test_page_of_one_part(tmp_path):
     page.write_page({"solvers": made_up()["solvers"]}, tmp_path)
     text = (tmp_path / "performance.md").read_text()
