@@ -22,8 +22,8 @@ def shared(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(NUM_PROCESSES)]
-    launch += ["--main_process_port", str(port), parallel_driver.__file__, str(folder)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(NUM_PROCESSES)]
+    launch += ["--master-port", str(port), parallel_driver.__file__, str(folder)]
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
