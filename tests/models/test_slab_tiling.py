@@ -296,7 +296,7 @@ def test_memory_is_no_more_than_was_given(enable, network, width, memories, monk
         memories = memories[1:]
     for megabytes in memories:
         enable(vae, megabytes * 10**6)
-        with LivingTensors() as living:
+        with LivingTensors(torch.device("cpu")) as living:
             work()
         assert living.highest <= 1.1 * megabytes * 10**6, megabytes
     assert not [one for one in recwarn if "more than was allowed" in str(one.message)]
