@@ -38,6 +38,7 @@ VERSION = "rflow-ct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Variant -> how MONAI's work is called.
 MONAI = {"MONAI": lambda work: work, "MONAI autocast": lambda work: torch.autocast("cuda", torch.float16)(work)}
+# What is done on a CPU alone; a GPU's convolutions are cuDNN's.
 CPU_ALONE = tuple(f"without {one}" for one in ("parts", "winograd", "phases", "onednn", "layout"))
 # Of a cube: edge of the latent in voxels; how often each variant works; variants.
 WORK = {
@@ -193,12 +194,17 @@ def run_variant(variant: str, work: str, size: int, folder: Path) -> None:
         call = our_work(work, size, variant, folder, device)
 
     def save_first(result: torch.Tensor) -> dict[str, float]:
-        path = folder / f"{variant}.pt"
+        path = result_file(folder, work, size, variant)
         if not path.is_file():
             torch.save(result, path)
         return {}
 
     serve(call, device, save_first)
+
+
+def result_file(folder: Path, work: str, size: int, variant: str) -> Path:
+    """Where a variant leaves what it gives."""
+    return folder / f"{work} {size} {variant}.pt"
 
 
 @contextmanager
@@ -215,11 +221,11 @@ def measure(folder: Path, work: str, size: int, variants: list[str], repeats: in
     print(f"measuring {work}, latent {size}^3", flush=True)
     command = ["-m", "benchmarks.networks", "--folder", folder, "--work", work, "--size", size, "--serve"]
     results = take_turns({variant: [*map(str, command), variant] for variant in variants}, repeats)
-    outputs = {}
-    for variant in filter(results.get, results):
-        path = folder / f"{variant}.pt"
-        outputs[variant] = torch.load(path).float()
-        path.unlink()  # the next work has one of the same name
+    outputs = {
+        variant: torch.load(result_file(folder, work, size, variant), map_location="cpu").float()
+        for variant, result in results.items()
+        if result
+    }
     for variant, output in outputs.items():
         results[variant]["deviation"] = (output - next(iter(outputs.values()))).abs().max().item()
     return results
@@ -233,7 +239,7 @@ def main() -> None:
         "--variants", nargs="+", help='instead of those that are measured otherwise: "float32 exact 1GB"'
     )
     parser.add_argument(
-        "--repeats", type=int, help="instead of how often it is otherwise; 0 for once, without warming up"
+        "--repeats", type=int, help="instead of how often it is otherwise; 0 for once, without warming up a CPU"
     )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -250,7 +256,7 @@ def main() -> None:
 
 
 def on_this_machine(variants: list[str]) -> list[str]:
-    """On a GPU, whose convolutions are cuDNN's: without what is done on a CPU alone, and with autocast."""
+    """On a GPU without what is done on a CPU alone, and with MONAI under autocast."""
     if not torch.cuda.is_available():
         return variants
     beside = list(MONAI) if "MONAI" in variants else []
@@ -265,7 +271,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
             rows.append([variant, "failed", *[""] * 4])
             continue
         faster, share = unit["seconds"] / result["seconds"], result["megabytes"] / unit["megabytes"]
-        seconds = f"{result['seconds']:.{3 if result['seconds'] < 1 else 2}f}"
+        seconds = f"{result['seconds']:{'#.3g' if result['seconds'] < 1 else '.2f'}}"
         numbers = seconds, f"{faster:.2f}", f"{result['megabytes']:.0f}", f"{share:.2f}"
         rows.append([variant, *numbers, f"{result['deviation']:.1e}"])
     return markdown.table(["variant", "seconds", "times as fast", "peak MB", "share", "deviation"], rows)

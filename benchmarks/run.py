@@ -7,7 +7,7 @@ What is said of speed and memory, measured in one run beside MONAI, and written 
 
 On two CPU cores it takes one to three hours, by their speed. On a GPU it runs as it is. A variant that fails, as one
 piece of a large volume does for want of memory, is told as failed. What each part has measured is kept beside the
-page, in `performance.json`; `--only` measures some parts anew and leaves the others.
+page, in `performance.json`; `--only` measures some parts anew, from their beginning, and leaves the others.
 """
 
 import argparse
@@ -78,6 +78,8 @@ def machine() -> str:
     """What is measured on."""
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    if gpu and torch.backends.cudnn.allow_tf32:
+        gpu += " (convolutions of float32 in TF32)"
     return (
         f"{cores} CPU cores ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads, "
         f"{memory:.0f} GiB{gpu}, torch {torch.__version__}, maisi-diffusers {maisi_diffusers.__version__}"

@@ -79,9 +79,7 @@ def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[s
         commands: variant -> arguments of Python by which a process serves it.
         repeats: how often each works; before that once to warm up, and afterwards once with memory given back at once.
             0 for work so long that it is done once, timed and weighed as it is, and one variant ends before the next
-            begins.
-
-    A GPU is always warmed up, and its memory is counted as it is.
+            begins. A GPU is warmed up for that too, and is never asked to give memory back: torch counts it.
     """
     on_gpu = torch.cuda.is_available()
     if repeats == 0:
@@ -107,6 +105,7 @@ def _take_turns(commands: dict[str, list[str]], times: int, environment: dict[st
         process.stdout.readline()
         return process
 
+    # To get ready a process reads and converts weights, which keeps two cores busy.
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as starting:
         processes = dict(zip(commands, starting.map(start, commands.values())))
     results = {variant: [] for variant in commands}

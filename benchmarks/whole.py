@@ -7,7 +7,8 @@ doing the same; and how much of the time is spent outside the networks.
 
 The published architecture (`rflow-ct`) with random weights. MONAI in float32 is the unit: its networks in the
 published loop, which embeds the label map at every step, and its decoder in one piece. With other `--variants` the
-first of these is. Every variant works once, in a process of its own.
+first of these is; on a GPU "MONAI autocast" is beside them, in float16 where autocast takes it. Every variant works
+once, and on a GPU once before to warm up, in a process of its own.
 """
 
 import argparse
@@ -41,7 +42,8 @@ VARIANTS = ["MONAI", "bfloat16 auto"]
 
 
 def make_label_map(size: tuple[int, int, int]) -> nib.Nifti1Image:
-    """A phantom's, of chest and abdomen; a large one of voxels that are doubled, since to draw 512^3 takes 20 GB."""
+    """A phantom's, of chest and abdomen; a large one of voxels that are doubled, since to draw 512^3 takes 20 GB, and
+    a quarter of a voxel off."""
     times = 1 if max(size) <= 256 else 2
     drawn = tuple(n // times for n in size)
     labels = make_phantom(0, size=drawn, spacing=tuple(mm / n for mm, n in zip(FIELD_OF_VIEW, drawn))).labels

@@ -1,6 +1,11 @@
 """The page of what was measured says what holds, and what was not measured."""
 
-from benchmarks import networks, page, solvers, turns
+import json
+
+import pytest
+import torch
+
+from benchmarks import networks, page, run, solvers, turns
 
 
 def made_up() -> dict[str, dict]:
@@ -76,6 +81,17 @@ def test_page_of_a_gpu(tmp_path):
     assert "| decode off, latent 24^3 |" in text and "| bfloat16 exact 6GiB, 2 steps | 10.0 |" in text
 
 
+def test_page_of_a_cpu_and_a_gpu(tmp_path):
+    """Each part says what it was measured on, and promises are told of the CPU's."""
+    results = made_up()
+    del results["networks"]
+    results["whole"]["on_gpu"] = True
+    page.write_page(results, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert "MONAI autocast is" in text and "latent 64^3, float32 exact 2GiB, memory" in text
+    assert "a whole CT, bfloat16, times as fast" not in text
+
+
 def test_page_of_a_part_that_goes_on(tmp_path):
     results = made_up()
     of_networks = results["networks"]["measured"]
@@ -89,6 +105,54 @@ def test_page_of_one_part(tmp_path):
     page.write_page({"solvers": made_up()["solvers"]}, tmp_path)
     text = (tmp_path / "performance.md").read_text()
     assert "What is promised" not in text and "performance.png" not in text
+
+
+def test_variants_of_a_gpu(monkeypatch):
+    variants = networks.WORK["decode"][2]
+    assert networks.on_this_machine(variants) == variants
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert networks.on_this_machine(variants) == [
+        *("MONAI", "MONAI autocast", "float32 auto", "bfloat16 auto", "float32 off", "bfloat16 off"),
+        "float32 exact 256MiB",
+    ]
+    guidance = networks.WORK["guidance"][2]
+    assert networks.on_this_machine(guidance) == guidance
+
+
+def test_results_of_a_variant_that_failed_are_not_those_of_the_next_work(tmp_path, monkeypatch):
+    """It may have left one before it failed."""
+
+    def take_turns(commands, repeats):
+        for command in commands.values():
+            work, size, variant = (command[command.index(name) + 1] for name in ("--work", "--size", "--serve"))
+            value = torch.full((int(size),), {"MONAI": 1.0, "bad": 5.0}.get(variant, 1.5))
+            torch.save(value, networks.result_file(tmp_path, work, int(size), variant))
+        return {variant: {} if variant == "bad" and work == "decode" else {"seconds": 1.0} for variant in commands}
+
+    monkeypatch.setattr(networks, "take_turns", take_turns)
+    first = networks.measure(tmp_path, "decode", 3, ["MONAI", "bad", "ours"], repeats=1)
+    assert first["bad"] == {} and first["ours"]["deviation"] == 0.5
+    second = networks.measure(tmp_path, "encode", 4, ["MONAI", "bad"], repeats=1)
+    assert second["bad"]["deviation"] == 4.0
+
+
+def test_run_keeps_what_was_measured(tmp_path, monkeypatch):
+    """Of parts that went well, of one that broke off, and of those that were not asked for."""
+    parts = made_up()
+
+    def breaks_off():
+        yield {"embedding": parts["networks"]["measured"]["embedding"]}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(run.PARTS, "networks", breaks_off)
+    monkeypatch.setitem(run.PARTS, "whole", lambda: iter([parts["whole"]["measured"]]))
+    folder = tmp_path / "new" / "folder"
+    monkeypatch.setattr("sys.argv", ["run", "--output", str(folder), "--only", "whole", "networks"])
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    kept = json.loads((folder / "performance.json").read_text())
+    assert list(kept) == ["networks", "whole"] and list(kept["networks"]["measured"]) == ["embedding"]
+    assert "a whole CT, bfloat16, times as fast" in (folder / "performance.md").read_text()
 
 
 def test_a_variant_that_fails(capfd):

@@ -9,8 +9,8 @@ from ..memory import free_memory
 from .slab_tiling import SlabTiling, kept_values, layers_of, widest_slabs
 from .vae_blocks_maisi import MaisiDecoder3D, MaisiEncoder3D
 
-# One piece takes so many times what slabs keep: at the published architecture 3.5 on a GPU in any dtype, with what
-# cuDNN orders anew; and a margin.
+# One piece takes so many times what slabs keep: at the published architecture 3.5 on a GPU, encoder and decoder in any
+# dtype, with what cuDNN orders anew; and a margin.
 ONE_PIECE = 3.8
 
 

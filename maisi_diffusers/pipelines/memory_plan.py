@@ -90,7 +90,8 @@ def plan_memory(
         file instead.
     """
     latent_size = tuple(n // pipe.vae.spatial_compression_ratio for n in size)
-    with FakeTensorMode(), torch.no_grad():
+    # Networks ask on which device they are: a GPU's part is played by the one without values.
+    with FakeTensorMode() if device.type == "cpu" else torch.device("meta"), torch.no_grad():
         networks = {
             name: with_dtype(network, dtype, device)
             for name, network in pipe.components.items()

@@ -133,13 +133,17 @@ def test_missing_weights_are_named(kind, tmp_path):
     assert any("resnets.2." in name for name in info["missing_keys"])
 
 
-@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", "balanced", "sequential"], ids=str)
+ON_CPU = ("cpu", {"": "cpu"})
+
+
+@pytest.mark.parametrize("device_map", [*ON_CPU, "auto", "balanced", "sequential"], ids=str)
 def test_device_map(kind, device_map, tmp_path):
     model = build(kind)
     model.save_pretrained(tmp_path, max_shard_size=model.get_memory_footprint() // 2)
     loaded = type(model).from_pretrained(tmp_path, device_map=device_map)
-    is_elsewhere = torch.accelerator.is_available() and "cpu" not in str(device_map)
+    is_elsewhere = torch.accelerator.is_available() and device_map not in ON_CPU
     device = torch.accelerator.current_accelerator() if is_elsewhere else torch.device("cpu")
     assert {torch.device(place).type for place in loaded.hf_device_map.values()} == {device.type}
     of_loaded = output(loaded, inputs(kind)).cpu()
-    torch.testing.assert_close(of_loaded, output(model, inputs(kind)), rtol=0, atol=1e-2 if is_elsewhere else 0)
+    atol = 1e-2 if is_elsewhere else 0  # of convolutions in TF32
+    torch.testing.assert_close(of_loaded, output(model, inputs(kind)), rtol=0, atol=atol)

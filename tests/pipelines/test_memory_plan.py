@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from maisi_diffusers import AutoencoderKLMaisi
+from maisi_diffusers.models.slab_tiling import kept_values, layers_of
+from maisi_diffusers.models.tiling_choice import ONE_PIECE
 from maisi_diffusers.pipelines.memory_plan import LivingTensors, plan_memory
 from tests.tiny import make_pipeline
 
@@ -64,9 +67,24 @@ def test_on_a_gpu():
     """Nothing is laid out for it, and so convolutions order more anew, in 16 bits too."""
     pipe = make_pipeline()
     on_cpu, on_gpu = (plan_memory(pipe, SIZE, torch.bfloat16, device) for device in (CPU, GPU))
-    assert on_gpu["decode off"] > 1.3 * on_cpu["decode off"] and on_gpu["step"] > on_cpu["step"]
+    assert on_gpu["decode off"] > 1.3 * on_cpu["decode off"]
+    assert all(on_gpu[stage] > on_cpu[stage] for stage in ("embedding", "step"))
     assert on_gpu["decode off"] == plan_memory(pipe, SIZE, torch.float32, GPU)["decode off"] / 2
     assert on_gpu["weights"] == on_cpu["weights"]
+
+
+def test_one_piece_fits_where_it_is_chosen():
+    """Of the published architecture, on a GPU."""
+    with torch.device("meta"), torch.no_grad():
+        vae = AutoencoderKLMaisi()
+        for network, x in (
+            (vae.decoder, torch.empty(1, 4, 24, 24, 24)),
+            (vae.encoder, torch.empty(1, 1, 96, 96, 96)),
+        ):
+            kept = kept_values(layers_of(network.blocks), tuple(x.shape[2:])) * x.element_size()
+            with LivingTensors(GPU) as living:
+                network(x)
+            assert 0.9 * ONE_PIECE * kept < living.highest < ONE_PIECE * kept
 
 
 def test_without_controlnet():
