@@ -26,7 +26,7 @@ import torch
 
 from maisi_diffusers import MaisiCTPipeline
 from maisi_diffusers.anatomy import label_bits
-from maisi_diffusers.models import TILINGS, slab_convolution, upsample_conv_maisi
+from maisi_diffusers.models import TILINGS, controlnet_maisi, slab_convolution, upsample_conv_maisi
 from maisi_diffusers.models.conv_maisi import MaisiConv3d
 from maisi_diffusers.models.modeling_maisi import MaisiModelMixin
 from tests.parity.monai_reference import PUBLISHED, build_networks, network_config, save_checkpoint
@@ -42,7 +42,7 @@ MONAI = {"MONAI": lambda work: work, "MONAI autocast": lambda work: torch.autoca
 CPU_ALONE = tuple(f"without {one}" for one in ("parts", "winograd", "phases", "onednn", "layout"))
 # Of a cube: edge of the latent in voxels; how often each variant works; variants.
 WORK = {
-    "embedding": (32, 6, ["MONAI", "float32 off", "bfloat16 off"]),
+    "embedding": (32, 6, ["MONAI", "float32 off", "bfloat16 off", "float32 off without layout"]),
     "doubling": (
         32,
         20,
@@ -92,7 +92,10 @@ SWITCHES = {
     "winograd": lambda: slab_convolution.WINOGRAD_CHANNELS.clear(),
     "phases": lambda: setattr(upsample_conv_maisi, "VOXELS_PER_CHANNEL", math.inf),
     "onednn": lambda: setattr(MaisiConv3d, "is_better_by_onednn", lambda conv, hidden_states: False),
-    "layout": lambda: setattr(MaisiModelMixin, "lay_out", lambda network, device: None),
+    "layout": lambda: (
+        setattr(MaisiModelMixin, "lay_out", lambda network, device: None),
+        setattr(controlnet_maisi, "SIDE_BY_SIDE_ON", ()),
+    ),
 }
 
 
