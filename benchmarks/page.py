@@ -201,5 +201,6 @@ def draw_speed(results: dict[str, dict], path: Path) -> None:
     axes.margins(x=0.1)  # room for the numbers
     axes.set_yticks(range(len(rows)), reversed(rows))
     axes.set_xlabel("times as fast as MONAI in float32")
-    axes.legend()
+    if axes.containers:
+        axes.legend()
     figure.savefig(path, dpi=120)
