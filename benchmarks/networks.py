@@ -6,11 +6,11 @@ MONAI's of the same random weights.
     python -m benchmarks.networks --work decode --size 48 --repeats 0 --variants "float32 off" "float32 exact 1GB"
 
 MONAI's networks in float32 are the unit; with other `--variants` the first of these is. On a GPU "MONAI autocast" is
-beside them: in float16 where autocast takes it, as MAISI's published scripts run. Every variant runs in a
-process of its own, so that its memory is its own, and they take turns, so that what else the machine does is shared by
-all; ratios are those of the fastest times. Memory is what the work adds to the process at its highest. The deviation
-is the largest from the first's result. A variant is a dtype, a way to tile, maybe its memory, and maybe what it goes
-without: "float32 auto without winograd".
+beside them: in float16 where autocast takes it, as MAISI's published scripts run. Every variant runs in a process of
+its own, so that its memory is its own, and they take turns, so that what else the machine does is shared by all;
+ratios are those of the fastest times. Memory is what the work adds to the process at its highest. The deviation is the
+largest from the first's result. A variant is a dtype, a way to tile, maybe its memory, and maybe what it goes without:
+"float32 auto without winograd".
 """
 
 import argparse

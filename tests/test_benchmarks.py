@@ -137,7 +137,7 @@ def test_results_of_a_variant_that_failed_are_not_those_of_the_next_work(tmp_pat
 
 
 def test_run_keeps_what_was_measured(tmp_path, monkeypatch):
-    """Of parts that went well, of one that broke off, and of those that were not asked for."""
+    """Of a part that went well, and of one that broke off."""
     parts = made_up()
 
     def breaks_off():
