@@ -7,12 +7,14 @@ What is said of speed and memory, measured in one run beside MONAI, and written 
 
 On two CPU cores it takes one to three hours, by their speed. On a GPU it runs as it is. A variant that fails, as one
 piece of a large volume does for want of memory, is told as failed. What each part has measured is kept beside the
-page, in `performance.json`; `--only` measures some parts anew, from their beginning, and leaves the others.
+page, in `performance.json`; `--only` measures some parts anew, from their beginning, and leaves the others. If
+anything on the page does not hold, it says so at the end and exits with 1.
 """
 
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -100,7 +102,9 @@ def main() -> None:
             results[name] = {"machine": machine(), "on_gpu": torch.cuda.is_available(), "measured": measured}
             results = {part: results[part] for part in PARTS if part in results}  # the order of the page
             kept.write_text(json.dumps(results, indent=1) + "\n")
-            write_page(results, args.output)
+            broken = write_page(results, args.output)
+    if broken:
+        sys.exit("\n".join([f"{args.output / 'performance.md'} has rows that do not hold:", *broken]))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ def made_up() -> dict[str, dict]:
 
 
 def test_page(tmp_path):
-    page.write_page(made_up(), tmp_path)
+    broken = page.write_page(made_up(), tmp_path)
     text = (tmp_path / "performance.md").read_text()
+    assert [row for row in text.splitlines() if "**" in row] == broken != []
     for row in (
         "| A step of UNet and ControlNet, bfloat16, times as fast | at least 2.7 | 4 | holds |",
         "| Encoding, bfloat16, times as fast | at least 2.4 | 2 | **does not hold** |",
@@ -67,9 +68,14 @@ def test_page_without_the_first_variant(tmp_path):
     results["whole"]["measured"]["MONAI"] = results["large"]["measured"]["bfloat16 exact 6GiB, 2 steps"] = {}
     page.write_page(results, tmp_path)
     text = (tmp_path / "performance.md").read_text()
-    for row in ("| float32 off | failed |", "| MONAI | failed |", "| bfloat16 exact 6GiB, 2 steps | failed |"):
+    large = "A whole CT of 512 x 512 x 512 voxels, bfloat16 exact 6GiB, 2 steps"
+    for row in (
+        *("| float32 off | failed |", "| MONAI | failed |", "| bfloat16 exact 6GiB, 2 steps | failed |"),
+        f"| {large} | ends | failed | **does not hold** |",
+    ):
         assert row in text, row
     assert "a whole CT" not in text and "times the time of one piece" not in text
+    assert "MONAI | ends" not in text and "float32 off | ends" not in text  # they work in one piece
 
 
 def test_page_of_a_gpu(tmp_path):
@@ -153,6 +159,16 @@ def test_run_keeps_what_was_measured(tmp_path, monkeypatch):
     kept = json.loads((folder / "performance.json").read_text())
     assert list(kept) == ["networks", "whole"] and list(kept["networks"]["measured"]) == ["embedding"]
     assert "a whole CT, bfloat16, times as fast" in (folder / "performance.md").read_text()
+
+
+def test_run_says_what_does_not_hold(tmp_path, monkeypatch):
+    whole = made_up()["whole"]["measured"]
+    monkeypatch.setitem(run.PARTS, "whole", lambda: iter([whole]))
+    monkeypatch.setattr("sys.argv", ["run", "--output", str(tmp_path), "--only", "whole"])
+    run.main()
+    whole["bfloat16 auto"]["outside"] = 0.05
+    with pytest.raises(SystemExit, match=r"time outside the networks \| at most 3 % \| 5 % \| \*\*does not hold"):
+        run.main()
 
 
 def test_a_variant_that_fails(capfd):

@@ -9,8 +9,10 @@ quarters of what would be kept, can be left out of this: for each of its norms i
 levels leave, in slabs that go through all its layers.
 """
 
+import errno
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -145,13 +147,24 @@ class SlabTiling:
             )
 
     def place(self, kept: int, slabs: int, device: torch.device) -> tuple[torch.device | str | os.PathLike, int]:
-        """A device or the folder for so many bytes of features, beside which slabs of so many fit on the device, and
-        what is then left for these there."""
+        """
+        A device or the folder for so many bytes of features, beside which slabs of so many fit on the device, and what
+        is then left for these there.
+
+        Raises:
+            OSError: the folder is needed, and its disk has no room for them.
+        """
         memory = usable_memory(device) if self.memory is None else self.memory
         if kept + slabs <= memory:
             return device, memory - kept
         if device.type != "cpu" and kept <= usable_memory(torch.device("cpu")):
             return torch.device("cpu"), memory
+        if kept > (free := shutil.disk_usage(self.folder).free):
+            remedy = "choose another folder= or allow more memory="
+            if self.keeps_finest:
+                remedy += ", or call enable_tiling, which keeps a quarter of them"
+            told = f"{free / 1e9:.1f} GB are free, and the VAE keeps {kept / 1e9:.1f} GB of features: {remedy}"
+            raise OSError(errno.ENOSPC, told, str(self.folder))
         return self.folder, memory
 
     def through(

@@ -1,6 +1,5 @@
 """Whether the VAE runs in one piece or in slabs, by the memory that is free."""
 
-import shutil
 import warnings
 
 import torch
@@ -37,15 +36,17 @@ def choose_tiling(network: MaisiEncoder3D | MaisiDecoder3D, x: torch.Tensor) -> 
     if not is_on_cpu and ONE_PIECE * len(x) * kept <= free:
         return None
     exact = SlabTiling(None, keeps_finest=True)
-    where, _ = exact.place(kept, widest_slabs(steps, size), x.device)
-    if where != exact.folder or kept <= shutil.disk_usage(exact.folder).free:
-        return exact
-    warnings.warn(
-        f"neither the memory nor {exact.folder} has room for the {kept / 1e9:.0f} GB of features that the VAE keeps: "
-        "it makes most of them several times, in more time; vae.enable_exact_tiling(folder=...) takes another folder",
-        stacklevel=2,
-    )
-    return SlabTiling(None, keeps_finest=False)
+    try:
+        exact.place(kept, widest_slabs(steps, size), x.device)
+    except OSError:
+        warnings.warn(
+            f"neither the memory nor {exact.folder} has room for the {kept / 1e9:.0f} GB of features that the VAE "
+            "keeps: it makes most of them several times, in more time; vae.enable_exact_tiling(folder=...) takes "
+            "another folder",
+            stacklevel=2,
+        )
+        return SlabTiling(None, keeps_finest=False)
+    return exact
 
 
 def needs_its_layers_called(network: MaisiEncoder3D | MaisiDecoder3D, device: torch.device) -> bool:

@@ -237,8 +237,25 @@ def test_activations(is_file, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing that could be left behind
 
 
-def test_a_disk_that_is_full(monkeypatch, tmp_path):
-    """It is said before the first layer is through."""
+@pytest.mark.parametrize("keeps_finest", [True, False])
+def test_a_disk_that_is_too_small(keeps_finest, monkeypatch, tmp_path):
+    """It is said before the first layer, with the way that needs less if there is one."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    vae = make_vae()
+    enable = vae.enable_exact_tiling if keeps_finest else vae.enable_tiling
+    enable("1KB", tmp_path)
+    with (
+        torch.no_grad(),
+        pytest.raises(OSError, match=r"0.0 GB are free, and the VAE keeps .* GB of features: choose") as error,
+    ):
+        vae.decode(draw(1, 4, *SIZE))
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))
+    assert ("enable_tiling" in error.value.strerror) == keeps_finest
+
+
+def test_a_disk_that_others_fill(monkeypatch, tmp_path):
+    """It is said before a layer is through."""
 
     def refuse(descriptor, start, size):
         raise OSError(errno.ENOSPC, "No space left on device")
