@@ -160,7 +160,7 @@ class SlabTiling:
         if device.type != "cpu" and kept <= usable_memory(torch.device("cpu")):
             return torch.device("cpu"), memory
         if kept > (free := shutil.disk_usage(self.folder).free):
-            remedy = "choose another folder= or allow more memory="
+            remedy = "choose another folder= (or $TMPDIR), allow more memory="
             if self.keeps_finest:
                 remedy += ", or call enable_tiling, which keeps a quarter of them"
             told = f"{free / 1e9:.1f} GB are free, and the VAE keeps {kept / 1e9:.1f} GB of features: {remedy}"
